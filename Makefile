@@ -1,0 +1,38 @@
+# Five words: make setup, demo, test, check, bench. Each creates .venv and installs what it needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+TORCH := torch==2.13.0
+export OMP_NUM_THREADS ?= $(shell nproc)
+
+.PHONY: setup demo test check bench clean
+
+setup: .venv/.installed
+
+# torch comes first and pinned: left to a wider requirement, pip takes a build with gigabytes of CUDA libraries.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/tunewright demo
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: .venv/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit/test_imports.py
+
+bench: .venv/.installed-test
+	$(BIN)/python benchmarks/train_speed.py
+
+clean:
+	rm -rf .venv runs

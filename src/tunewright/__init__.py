@@ -1,0 +1,34 @@
+"""Tunewright adapts open language models: one recipe, from data to a measured, reported, usable model.
+
+import tunewright as tw
+run = tw.run("recipes/sft-lora.yaml", data="my.jsonl")
+run.generate("What is the capital of France?")
+run.report
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunewright.runs import Run, Speaker
+
+__all__ = ["load", "run"]
+
+
+def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: bool = False,
+        allow_drift: bool = False, **overrides: Any) -> "Run":  # fmt: skip
+    """Run a recipe file (or mapping) with overrides, such as ``train={"max_steps": 10}``.
+
+    Raises UserError with every problem of recipe, model, data and machine before any compute.
+    """
+    from tunewright import pipeline, recipes
+
+    return pipeline.run(recipes.load(recipe, overrides), quiet=quiet, fresh=fresh, allow_drift=allow_drift)
+
+
+def load(name: str, precision: str = "", template: str = "auto") -> "Speaker":
+    """A run folder, an adapter or model folder, a built-in name or a hub id, ready to ``reply``."""
+    from tunewright import runs
+
+    return runs.load(name, precision, template)

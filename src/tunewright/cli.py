@@ -1,0 +1,204 @@
+"""The command line: thin verbs. Heavy imports live inside them, so that --help answers at once."""
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunewright.core.errors import InterruptedRunError, TunewrightError, UserError
+
+app = typer.Typer(
+    help="Tunewright adapts open language models: one recipe, from data to a usable, measured model.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+_SHOWN_PROBLEMS = 50
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON line at the end, and nothing else.")]
+Template = Annotated[str, typer.Option(help="Chat template, for models without one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
+
+
+class Listed(StrEnum):
+    """What ``list`` can list."""
+
+    methods = "methods"
+    objectives = "objectives"
+    models = "models"
+    templates = "templates"
+    data = "data"
+    schema = "schema"
+
+
+def _say(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"), as_json: Json = False
+) -> None:
+    """Fine-tune the built-in model on built-in data, measure before and after, write a report."""
+    from tunewright import demo as demonstration
+    from tunewright.runs import Run
+
+    result = demonstration.demo(output, quiet=as_json)
+    if as_json:
+        _say(result)
+    else:
+        typer.echo("\n".join(demonstration.summary(result, Run(output))))
+
+
+@app.command()
+def run(
+    recipe: Path,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an older run aside and start over.")] = False,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Go on although inputs changed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe; running it again resumes it. Dials: train.lr=1e-4 data.train=my.jsonl output=runs/x."""
+    from tunewright import pipeline, recipes
+
+    loaded = recipes.load(recipe, overrides or [])
+    try:
+        finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift)
+    except KeyboardInterrupt:
+        raise InterruptedRunError("stopped; the same command goes on from the last checkpoint") from None
+    if as_json:
+        _say({"run": str(finished.folder), "status": "finished", "results": finished.results})
+    else:
+        typer.echo(f"Report: {finished.report}\nNext:   tunewright chat {finished.folder}")
+
+
+@app.command()
+def lint(
+    data: list[str],
+    model: Annotated[str, typer.Option(help="Also check that answers fit this model's max length.")] = "",
+    template: Template = "auto",
+    max_length: Annotated[int, typer.Option(help="Longest sample in tokens, with --model.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Check data files and folders: file:line, what is wrong, how to fix it. Exit code 2 if anything is."""
+    from tunewright import examine
+
+    report = examine.lint(data, model, template, max_length)
+    if as_json:
+        _say(examine.lint_json(report))
+    else:
+        _show_problems([str(problem) for problem in report.problems], typer.echo)
+        typer.echo("\n".join(report.lines()))
+    raise typer.Exit(2 if report.problems else 0)
+
+
+@app.command()
+def evaluate(
+    model: str,
+    data: Annotated[list[str], typer.Option("--data", help="Held-out file; may be given several times.")],
+    limit: Annotated[int, typer.Option(help="At most so many answers.")] = 400,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a run, adapter or model on a file: held-out loss, exact match, F1, per family."""
+    from tunewright import examine
+
+    scores = examine.evaluate(model, data, limit, max_new_tokens, template)
+    if as_json:
+        _say(scores)
+    else:
+        typer.echo("\n".join(examine.score_lines(scores)))
+
+
+@app.command()
+def chat(
+    model: str,
+    prompt: Annotated[str, typer.Option(help="Answer this and leave.")] = "",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Talk to a run, adapter or model."""
+    from tunewright import runs
+    from tunewright.serve.chat import converse
+
+    speaker = runs.load(model, template=template)
+    speaker.codec.require_template()
+    asked = iter([prompt] if prompt else [])
+    said: list[str] = []
+
+    def ask() -> str:
+        if not prompt:
+            return str(input("> "))
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    converse(speaker, ask, said.append if prompt else typer.echo, system, max_new_tokens)
+    if prompt:
+        answer = said[-1]
+        _say({"prompt": prompt, "answer": answer}) if as_json else typer.echo(answer)
+
+
+@app.command()
+def export(
+    model: str,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into a plain model folder.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's adapter or model to a folder of its own; --merge makes a plain Hugging Face model."""
+    from tunewright import examine
+
+    result = examine.export(model, merge, out)
+    _say(result) if as_json else typer.echo(f"Wrote {result['out']}" + examine.difference_line(result))
+
+
+@app.command("list")
+def list_(what: Listed, as_json: Json = False) -> None:
+    """List methods, objectives, models, templates or data; or print the recipe's JSON schema."""
+    from tunewright import examine
+
+    if what is Listed.schema:
+        from tunewright.recipes import schema_json
+
+        typer.echo(json.dumps(schema_json(), indent=None if as_json else 2))
+        return
+    listed = examine.listed(what.value)
+    if as_json:
+        _say(listed)
+    else:
+        width = max(len(entry["name"]) for entry in listed)
+        typer.echo("\n".join(f"{entry['name']:<{width}}  {entry['summary']}".rstrip() for entry in listed))
+
+
+def _show_problems(problems: list[str], show: Callable[[str], None]) -> None:
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        show(problem)
+    if len(problems) > _SHOWN_PROBLEMS:
+        show(f"... and {len(problems) - _SHOWN_PROBLEMS} more problems")
+
+
+def _report(error: TunewrightError) -> None:
+    problems = [str(p) for p in error.problems] if isinstance(error, UserError) else [str(error)]
+    if "--json" in sys.argv:
+        _say({"status": "failed", "problems": problems})
+    _show_problems([f"error: {p}" for p in problems], lambda line: typer.echo(line, err=True))
+
+
+def main() -> None:
+    """Run a verb; a mistake of the user's is told without a traceback and exits with code 2."""
+    try:
+        app()
+    except TunewrightError as error:
+        _report(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,1 @@
+"""Making trained models smaller or plainer: merging first."""

@@ -1,0 +1,89 @@
+"""Everything Tunewright raises on purpose, and how it reads.
+
+TunewrightError            exit 1
+├── UserError              exit 2: the input is wrong; carries every problem found, not the first
+│   ├── RecipeError        the recipe: unknown key, wrong type, impossible combination
+│   ├── DataError          the data: bad row, unknown format, empty file
+│   ├── ModelError         the model: not found, no template, wrong architecture
+│   ├── HardwareError      the machine cannot do what the recipe asks
+│   └── DriftError         a run folder was started with other inputs
+├── DamagedError           an artifact does not match its manifest
+├── DivergedError          training produced a number that is not finite
+└── InterruptedRunError    Ctrl-C: exit 130
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing a user can mend: where it is, what was found, how to fix it."""
+
+    where: str
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"; fix: {self.fix}" if self.fix else "")
+
+
+class TunewrightError(Exception):
+    """Base of the tree; ``exit_code`` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UserError(TunewrightError):
+    """Wrong input, with all its problems at once."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class RecipeError(UserError):
+    """The recipe is wrong."""
+
+
+class DataError(UserError):
+    """The data is wrong."""
+
+
+class ModelError(UserError):
+    """The model cannot be used as asked."""
+
+
+class HardwareError(UserError):
+    """The machine cannot do what the recipe asks."""
+
+
+class DriftError(UserError):
+    """The run folder was started with other inputs."""
+
+
+class DamagedError(TunewrightError):
+    """An artifact on disk does not match its manifest."""
+
+
+class DivergedError(TunewrightError):
+    """A loss or gradient is NaN or infinite; nothing was updated with it."""
+
+
+class InterruptedRunError(TunewrightError):
+    """The user stopped a run."""
+
+    exit_code = 130
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A fix for a misspelt word: the closest known one, else all of them."""
+    known = sorted(known)
+    if not known:
+        return "leave it out"
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"

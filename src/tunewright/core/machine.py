@@ -1,0 +1,31 @@
+"""What a run was made on and with: for manifests and reports."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_TOLD = ("tunewright", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _TOLD}}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory in bytes, accelerators."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"processor": _processor(), "cores": cores, "memory": memory, "accelerators": gpus}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

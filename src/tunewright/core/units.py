@@ -1,0 +1,58 @@
+"""Numbers as people read and write them."""
+
+import re
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
+_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` -> ``'1.5 KB'`` (1 KB = 1,024 bytes)."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """``75`` -> ``'1m15s'``."""
+    if seconds < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def human_count(count: float) -> str:
+    """``5_510_000`` -> ``'5.51 M'``."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def parse_bytes(text: str) -> int:
+    """``'24GB'``, ``'512 MiB'`` or ``'1000'`` as bytes; ValueError for anything else."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", text.lower())
+    if not found:
+        raise ValueError(f"{text!r} is not a size; write it like 24GB")
+    return int(float(found[1]) * _BYTES[found[2]])
+
+
+def peak_memory_bytes() -> int:
+    """The process's highest resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of ``size``; the last may be shorter."""
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some

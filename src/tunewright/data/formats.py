@@ -1,0 +1,380 @@
+"""Files of any common shape to rows: Alpaca, ShareGPT, OpenAI messages, prompt and completion, text.
+
+Only supervised text is read here. Preference pairs, images, audio and video come out as Problems, never
+as rows with a part missing.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+from tunewright.core.errors import DataError, Problem, nearest
+from tunewright.data import readers
+from tunewright.data.catalog import sources
+from tunewright.data.rows import ROLES, Message, Row, Source
+
+__all__ = ["COLUMNS", "FORMATS", "TAGS", "read", "sources"]
+
+FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "plain")
+COLUMNS = (
+    *("prompt", "query", "response", "system", "history", "messages", "tools", "text", "family"),
+    *("images", "videos", "audios", "chosen", "rejected", "kto_tag"),
+)
+TAG_ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+    "observation_tag": "tool",
+    "function_tag": "assistant",
+}
+TAGS = ("role_tag", "content_tag", *TAG_ROLES)
+
+ROLE_NAMES = {role: role for role in ROLES} | {
+    "human": "user",
+    **dict.fromkeys(("gpt", "bot", "chatgpt", "function_call"), "assistant"),
+    "observation": "tool",
+}
+PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "response"),
+    ("prompt", "response"),
+    ("问", "答"),
+)
+PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in PAIRS))
+RESPONSES = tuple(dict.fromkeys((*(response for _, response in PAIRS), "output")))
+CONVERSATIONS = ("conversations", "messages")
+
+_MEDIA = ("images", "videos", "audios")
+_PREFERENCE = ("chosen", "rejected", "chosen_messages", "rejected_messages")
+_MULTIMODAL = "multimodal content is not supported"
+_MISSING = object()
+_KINDS = {
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
+
+
+class _RowError(Exception):
+    """Ends the reading of one row: what was found and expected, and the fix."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+def read(source: Source) -> Iterator[Row | Problem]:
+    """Stream a file's rows; a row that cannot be used comes out as the Problem it has.
+
+    Raises:
+        DataError: already at the call: the file is absent, empty or of an unknown kind, or the source
+            names a format, column or tag that does not exist.
+    """
+    _check_names(source)
+    try:
+        rows = _prose(source) if _is_prose(source, readers.check_file(source.path)) else _shaped(source)
+        first = next(rows, None)
+    except OSError as error:
+        raise DataError(readers.unopened(source.path, error)) from error
+    if first is None:
+        raise DataError(readers.empty(source.path))
+    return chain((first,), rows)
+
+
+def _check_names(source: Source) -> None:
+    """DataError with every unknown format, column and tag name of a source."""
+    asked = (
+        ("format", {source.format: ""}, FORMATS),
+        ("column", dict(source.columns), COLUMNS),
+        ("tag", dict(source.tags), TAGS),
+    )
+    problems = [
+        Problem(str(source.path), f"unknown {kind} {name!r}", nearest(name, known))
+        for kind, names, known in asked
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _is_prose(source: Source, ending: str) -> bool:
+    """Whether the file is read as paragraphs; a ``.txt`` file may as well hold one JSON object a line."""
+    is_txt = ending.removesuffix(".gz") == ".txt"
+    if source.format == "plain" and not is_txt:
+        what = f"format 'plain' cannot read {ending}"
+        raise DataError(Problem(str(source.path), what, "use format 'text'"))
+    if source.format == "auto":
+        return is_txt and not readers.is_jsonl(source.path)
+    return is_txt and source.format in ("plain", "text")
+
+
+def _prose(source: Source) -> Iterator[Row | Problem]:
+    for item in readers.paragraphs(source.path):
+        yield item if isinstance(item, Problem) else Row(f"{source.path}:{item[0]}", text=item[1], prose=True)
+
+
+def _shaped(source: Source) -> Iterator[Row | Problem]:
+    shape = _Shape(source)
+    for item in readers.records(source.path):
+        yield item if isinstance(item, Problem) else shape.row(*item)
+
+
+class _Fields:
+    """One record seen through the source's column names; wrong types leave as :class:`_RowError`."""
+
+    __slots__ = ("columns", "record")
+
+    def __init__(self, record: dict[str, Any], columns: dict[str, str]) -> None:
+        self.record, self.columns = record, columns
+
+    def find(self, name: str, *own: str) -> tuple[str, Any]:
+        """Key and value of the column ``name``: the mapped key, else the first of ``own`` not null."""
+        if name in self.columns:
+            own = (self.columns[name],)
+        elif self.columns:
+            # {"prompt": "input"} takes "input" away from where it would be looked for by itself
+            own = tuple(key for key in own if key not in self.columns.values())
+        present = [key for key in own if key in self.record]
+        key = next((key for key in present if self.record[key] is not None), "")
+        key = key or next(iter(present), " or ".join(own) or name)
+        return key, self.record.get(key, _MISSING)
+
+    def has(self, name: str, *own: str) -> bool:
+        """Whether the column holds anything: neither missing, null nor empty."""
+        value = self.find(name, *own)[1]
+        return value is not _MISSING and value not in (None, "", [])
+
+    def filled(self, keys: frozenset[str]) -> str:
+        """One of the file's own keys that holds anything, else ``""``."""
+        held = () if keys.isdisjoint(self.record) else sorted(keys & self.record.keys())
+        return next((key for key in held if self.record[key] not in (None, "", [])), "")
+
+    def text(self, name: str, *own: str) -> str:
+        key, value = self.find(name, *own)
+        return _text(key, value)
+
+    def optional(self, name: str, *own: str) -> str:
+        """Text that may be missing or null, which is ``""``."""
+        key, value = self.find(name, *own)
+        return "" if value is None or value is _MISSING else _text(key, value)
+
+    def list(self, name: str, *own: str) -> tuple[str, list[Any]]:
+        """The key and a list; cells of CSV hold it as JSON text."""
+        key, value = self.find(name, *own)
+        found = _parsed(value) if isinstance(value, str) else value
+        if not isinstance(found, list):
+            raise _wrong(key, value, "a list")
+        return key, found
+
+    def tools(self) -> str:
+        """Tool definitions as JSON text."""
+        key, value = self.find("tools", "tools")
+        if value is _MISSING or value in (None, [], {}):
+            return ""
+        if not isinstance(value, str | list | dict):
+            raise _wrong(key, value, "a list or its JSON text")
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _kind(value: Any) -> str:
+    if value is None or value is _MISSING:
+        return "null" if value is None else "missing"
+    return _KINDS.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def _wrong(key: str, value: Any, expected: str) -> _RowError:
+    fix = "add the field or map it with columns" if value is _MISSING else "mend the row"
+    return _RowError(f"field {_short(key)} is {_kind(value)}, expected {expected}", fix)
+
+
+def _short(text: str) -> str:
+    """Quoted, escaped and short enough for one line."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(key, value, "text")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _RowError(f"the row is {_kind(value)}, expected an object", "write each row as {...}")
+    return value
+
+
+class _Shape:
+    """How the records of one source become rows."""
+
+    def __init__(self, source: Source) -> None:
+        self.path, self.format = source.path, source.format
+        self.columns, self.tags = dict(source.columns), dict(source.tags)
+        tagged = {self.tags[tag]: role for tag, role in TAG_ROLES.items() if tag in self.tags}
+        self.roles = ROLE_NAMES | tagged
+        self.media = frozenset(self.columns.get(name, name) for name in _MEDIA)
+        self.preference = frozenset(self.columns.get(name, name) for name in _PREFERENCE)
+
+    def row(self, line: int, value: Any) -> Row | Problem:
+        """The record as a row, or what is wrong with it."""
+        where = f"{self.path}:{line}"
+        try:
+            return self._row(where, _Fields(_object(value), self.columns))
+        except _RowError as bad:
+            return Problem(where, bad.what, bad.fix)
+
+    def _row(self, where: str, fields: _Fields) -> Row:
+        if held := fields.filled(self.media):
+            raise _RowError(f"{held}: {_MULTIMODAL}", "leave the row out, or train on its text only")
+        return self._answered(where, fields) if fields.filled(self.preference) else self._read(where, fields)
+
+    def _answered(self, where: str, fields: _Fields) -> Row:
+        """A row with preferences is of use here only if it has an answer of its own as well."""
+        try:
+            row = self._read(where, fields)
+        except _RowError:
+            row = Row(where)
+        if not row.messages or row.messages[-1].role != "assistant":
+            what = "chosen and rejected answers, expected one answer"
+            raise _RowError(what, "preference data needs a preference objective")
+        return row
+
+    def _read(self, where: str, fields: _Fields) -> Row:
+        name = _detect(fields) if self.format == "auto" else self.format
+        if name == "text":
+            return Row(where, text=fields.text("text", "text"), family=fields.optional("family", "family"))
+        turns = _TURNS[name](self, fields)
+        system = fields.optional("system", "system")
+        if system and not (turns and turns[0].role == "system"):
+            turns.insert(0, Message("system", system))
+        return Row(where, tuple(turns), tools=fields.tools(), family=fields.optional("family", "family"))
+
+    def alpaca(self, fields: _Fields) -> list[Message]:
+        return _exchange(fields, ("instruction",), ("output",))
+
+    def pair(self, fields: _Fields) -> list[Message]:
+        whole = [pair for pair in PAIRS if pair[0] in fields.record and pair[1] in fields.record]
+        if not whole or "prompt" in self.columns or "response" in self.columns:
+            return _exchange(fields, PROMPTS, RESPONSES)
+        return _exchange(fields, whole[0][:1], whole[0][1:])
+
+    def sharegpt(self, fields: _Fields) -> list[Message]:
+        return self._turns(fields, CONVERSATIONS, "from", "value")
+
+    def messages(self, fields: _Fields) -> list[Message]:
+        return self._turns(fields, CONVERSATIONS[::-1], "role", "content")
+
+    def _turns(self, fields: _Fields, own: tuple[str, ...], role: str, content: str) -> list[Message]:
+        key, turns = fields.list("messages", *own)
+        role, content = self.tags.get("role_tag", role), self.tags.get("content_tag", content)
+        return [self._turn(f"{key}[{at}]", turn, role, content) for at, turn in enumerate(turns)]
+
+    def _turn(self, where: str, turn: Any, role_key: str, content_key: str) -> Message:
+        if not isinstance(turn, dict):
+            raise _wrong(where, turn, "an object")
+        if turn.get("tool_calls"):
+            what = f"field '{where}.tool_calls' is not supported"
+            raise _RowError(what, "write the call into the turn's content")
+        role = _text(f"{where}.{role_key}", turn.get(role_key, _MISSING))
+        if role not in self.roles:
+            what = f"field '{where}.{role_key}' is {_short(role)}, expected a known role"
+            raise _RowError(what, nearest(role[:60], self.roles))
+        return Message(self.roles[role], _content(f"{where}.{content_key}", turn.get(content_key, _MISSING)))
+
+
+_TURNS: dict[str, Callable[[_Shape, _Fields], list[Message]]] = {
+    "alpaca": _Shape.alpaca,
+    "sharegpt": _Shape.sharegpt,
+    "messages": _Shape.messages,
+    "prompt-completion": _Shape.pair,
+}
+
+
+def _detect(fields: _Fields) -> str:
+    """The format that a record's keys speak of; a known but incomplete one rather than none."""
+    record, columns = fields.record, fields.columns
+    if fields.has("messages", *CONVERSATIONS) or "messages" in columns:
+        return _dialect(fields.find("messages", *CONVERSATIONS)[1])
+    if "text" in columns:
+        return "text"
+    if "instruction" in record and "output" in record:
+        return "alpaca"
+    whole = any(prompt in record and response in record for prompt, response in PAIRS)
+    if whole or "prompt" in columns or "response" in columns:
+        return "prompt-completion"
+    if "text" in record:
+        return "text"
+    return _detect_incomplete(record)
+
+
+def _detect_incomplete(record: dict[str, Any]) -> str:
+    if any(key in record for key in CONVERSATIONS):
+        return "sharegpt"
+    if "instruction" in record:
+        return "alpaca"
+    if any(key in record for key in (*PROMPTS, *RESPONSES)):
+        return "prompt-completion"
+    found = ", ".join(_short(key) for key in list(record)[:8]) or "none"
+    expected = "instruction and output, conversations, messages, prompt and completion, or text"
+    raise _RowError(f"no known field; found {found}, expected {expected}", "name the fields with columns")
+
+
+def _dialect(turns: Any) -> str:
+    """ShareGPT or messages, by the keys of the first turn."""
+    turns = _parsed(turns) if isinstance(turns, str) else turns
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return "messages" if isinstance(first, dict) and ("role" in first or "content" in first) else "sharegpt"
+
+
+def _exchange(fields: _Fields, prompts: tuple[str, ...], responses: tuple[str, ...]) -> list[Message]:
+    """Earlier turns, then one question and its answer."""
+    question, query = fields.text("prompt", *prompts), fields.optional("query", "input")
+    answer = fields.text("response", *responses)
+    asked = f"{question}\n\n{query}" if query else question
+    return [*_history(fields), Message("user", asked), Message("assistant", answer)]
+
+
+def _history(fields: _Fields) -> list[Message]:
+    if not fields.has("history", "history"):
+        return []
+    turns: list[Message] = []
+    key, pairs = fields.list("history", "history")
+    for at, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _wrong(f"{key}[{at}]", pair, "a list of question and answer")
+        question, answer = (_text(f"{key}[{at}]", text) for text in pair)
+        turns += (Message("user", question), Message("assistant", answer))
+    return turns
+
+
+def _content(key: str, value: Any) -> str:
+    """A turn's text, which may come in parts."""
+    if not isinstance(value, list):
+        return _text(key, value)
+    return "".join(_part(f"{key}[{at}]", part) for at, part in enumerate(value))
+
+
+def _part(where: str, part: Any) -> str:
+    if not isinstance(part, dict):
+        raise _wrong(where, part, "an object")
+    kind = part.get("type", "text")
+    if kind == "text":
+        key = "value" if "value" in part else "text"
+        return _text(f"{where}.{key}", part.get(key, _MISSING))
+    found = f"field '{where}' is of type {_short(str(kind))}, expected 'text'"
+    if any(word in str(kind) for word in ("image", "video", "audio", "file")):
+        raise _RowError(f"{found}: {_MULTIMODAL}", "leave the row out, or keep its text only")
+    raise _RowError(found, "write it into the text, or leave the part out")

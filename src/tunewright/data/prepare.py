@@ -1,0 +1,173 @@
+"""From the recipe's data section to token tables: lint, split, tokenize, remember."""
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunewright.core import store
+from tunewright.core.errors import DataError, Problem, nearest
+from tunewright.data import builtin, formats, lint
+from tunewright.data.rows import Row, Source
+from tunewright.data.tokens import Mixture, Sample, TokenTable, cache_folder, write
+from tunewright.recipes import DataConfig
+from tunewright.recipes.schema import DataFile
+
+Encode = Callable[[Iterable[Row]], Iterator[Sample | Problem]]
+Progress = Callable[[str, int], None]
+_FORMAT_VERSION = 1
+"""Raised when what a table holds changes, so that older ones are not read."""
+_EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 30)
+
+
+def sources(files: Iterable[DataFile]) -> list[Source]:
+    """The recipe's files as sources: built-in data written out, folders expanded. DataError if absent."""
+    found: list[Source] = []
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            found += formats.sources([_source(file)])
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return found
+
+
+def _source(file: DataFile) -> Source:
+    if file.path.startswith("builtin:"):
+        return Source(_builtin(file.path.removeprefix("builtin:")), weight=file.weight)
+    columns, tags = tuple(file.columns.items()), tuple(file.tags.items())
+    return Source(Path(file.path).expanduser(), file.format, columns, tags, file.weight)
+
+
+def _builtin(name: str) -> Path:
+    """A built-in source as a JSONL file in the cache, made once for each version of its generator."""
+    if name not in builtin.SOURCES:
+        raise DataError(
+            Problem("data", f"there is no built-in data {name!r}", nearest(name, builtin.SOURCES))
+        )
+    path = cache_folder() / "builtin" / builtin.version() / f"{name}.jsonl"
+    if not path.exists():
+        store.write_lines(path, builtin.rows(name))
+    return path
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How rows become samples. ``key`` says all that changes the outcome, besides the file itself."""
+
+    encode: Encode
+    key: dict[str, Any]
+    on_bad_row: str
+    progress: Progress = lambda name, rows: None
+
+    def table(self, source: Source, split: str, share: float) -> TokenTable:
+        """The file's token table: from the cache, else made now. DataError lists every bad row."""
+        facts = {"sha256": store.sha256_file(source.path), "format": source.format, "columns": source.columns,
+                 "tags": source.tags, "split": split, "share": share, "on_bad_row": self.on_bad_row,
+                 "version": _FORMAT_VERSION}  # fmt: skip
+        folder = cache_folder() / "tokens" / store.sha256_json({**self.key, **facts})
+        if not store.is_complete(folder):
+            self._make(folder, source, split, share)
+        return TokenTable(folder)
+
+    def _make(self, folder: Path, source: Source, split: str, share: float) -> None:
+        tally = lint.Tally()
+        checked = lint.check(formats.read(source))
+        kept = tally.watch(row for row in checked if isinstance(row, Problem) or _side(row, share) == split)
+        origin = {"path": str(source.path), "sha256": store.sha256_file(source.path)}
+        write(folder, self._samples(source, kept), lambda: {**origin, **tally.facts()})
+
+    def _samples(self, source: Source, rows: Iterable[Row | Problem]) -> Iterator[Sample | Problem]:
+        """Samples, and the problems that lint and encoding found; DataError at the end if those must stop."""
+        problems: list[Problem] = []
+        for sample in self.encode(self._counted(source, rows, problems)):
+            if isinstance(sample, Problem):
+                problems.append(sample)
+            else:
+                yield sample
+        if problems and self.on_bad_row == "stop":
+            raise DataError(problems)
+        yield from problems
+
+    def _counted(
+        self, source: Source, rows: Iterable[Row | Problem], problems: list[Problem]
+    ) -> Iterator[Row]:
+        for count, row in enumerate(rows, 1):
+            if isinstance(row, Problem):
+                problems.append(row)
+            else:
+                yield row
+            if count % 1000 == 0:
+                self.progress(source.path.name, count)
+
+
+def _digest(row: Row) -> int:
+    """64 bits that depend on what the row says, not on where it stands."""
+    words = repr((row.messages, row.text)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little")
+
+
+def _side(row: Row, share: float) -> str:
+    """``valid`` for a share of rows. Equal rows fall on the same side, so none leaks across."""
+    return "valid" if _digest(row) < share * 2**64 else "train"
+
+
+def split_share(data: DataConfig) -> float:
+    """The share of training rows that is held out: none if the recipe names held-out files."""
+    return 0.0 if data.valid else data.valid_share
+
+
+def held_out_rows(data: DataConfig, limit: int) -> list[Row]:
+    """At most ``limit`` held-out conversations, drawn by content, in a stable order."""
+    share = split_share(data)
+    files, split = (data.valid, "train") if data.valid else (data.train, "valid")
+    if not data.valid and not share:
+        return []
+    rows = (row for source in sources(files) for row in lint.check(formats.read(source)))
+    spoken = (row for row in rows if isinstance(row, Row) and row.messages and _side(row, share) == split)
+    return heapq.nsmallest(limit, spoken, key=_digest)
+
+
+def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixture, Mixture]:
+    """Training and held-out samples. DataError lists every bad row of every file."""
+    share = split_share(data)
+    problems: list[Problem] = []
+    wanted = [(data.train, "train", share)]
+    wanted += [(data.valid, "train", 0.0)] if data.valid else [(data.train, "valid", share)] if share else []
+    made: list[Mixture] = []
+    for files, split, part in wanted:
+        tables, weights = [], []
+        for source in sources(files):
+            try:
+                tables.append(preparation.table(source, split, part))
+                weights.append(source.weight)
+            except DataError as error:
+                problems += [p for p in error.problems if p not in problems]
+        made.append(Mixture(tables, weights, seed))
+    if problems:
+        raise DataError(problems)
+    if not len(made[0]):
+        raise DataError(
+            Problem("data.train", "no sample is left to train on", "lower data.valid_share or add rows")
+        )
+    return made[0], made[1] if len(made) > 1 else Mixture([], [], seed)
+
+
+def statistics(data: Mixture) -> dict[str, Any]:
+    """What the report says of a data set: counts, lengths, lint's tallies."""
+    counts, _ = np.histogram(data.lengths, _EDGES)
+    return {
+        "samples": len(data),
+        "tokens": int(data.lengths.sum()),
+        "longest": int(data.lengths.max()) if len(data) else 0,
+        "lengths": [{"from": a, "below": b, "samples": int(n)}
+                    for a, b, n in zip(_EDGES, _EDGES[1:], counts, strict=False)],
+        "skipped": [str(p) for p in data.problems],
+        "files": [table.facts for table in data.tables],
+    }  # fmt: skip

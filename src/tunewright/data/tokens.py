@@ -1,0 +1,138 @@
+"""Samples on disk: tokenized once per file and setting, read by memory map, so data may exceed memory."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from tunewright.core import store
+from tunewright.core.errors import Problem
+from tunewright.core.rng import permutation
+
+Sample = dict[str, np.ndarray]
+_SHARD_TOKENS = 8_000_000
+_SHARD = "shard-{:05d}.safetensors"
+_LENGTH = "length"
+_ENDS = ".ends"
+
+
+def cache_folder() -> Path:
+    """``$TUNEWRIGHT_CACHE``, else ``~/.cache/tunewright``."""
+    return Path(os.environ.get("TUNEWRIGHT_CACHE") or Path.home() / ".cache" / "tunewright")
+
+
+class _Writer:
+    """Collects samples and writes a shard whenever enough tokens came together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.shards = folder, 0
+        self.samples: list[Sample] = []
+        self.tokens = 0
+
+    def add(self, sample: Sample) -> None:
+        self.samples.append(sample)
+        self.tokens += len(sample["input_ids"])
+        if self.tokens >= _SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.samples:
+            return
+        arrays = {_LENGTH: np.array([len(s["input_ids"]) for s in self.samples], np.int32)}
+        for name in self.samples[0]:
+            parts = [s[name] for s in self.samples]
+            arrays[name] = np.concatenate(parts)
+            arrays[name + _ENDS] = np.cumsum([len(p) for p in parts], dtype=np.int64)
+        save_file(arrays, self.folder / _SHARD.format(self.shards))
+        self.samples, self.tokens, self.shards = [], 0, self.shards + 1
+
+
+def write(folder: Path, samples: Iterable[Sample | Problem], facts: Callable[[], dict[str, Any]]) -> None:
+    """Make a table; the samples' problems go into ``problems.json`` and ``facts()`` into ``facts.json``."""
+    with store.artifact(folder) as partial:
+        writer, problems = _Writer(partial), []
+        for sample in samples:
+            if isinstance(sample, Problem):
+                problems.append([sample.where, sample.what, sample.fix])
+            else:
+                writer.add(sample)
+        writer.flush()
+        store.write_json(partial / "problems.json", problems)
+        store.write_json(partial / "facts.json", facts())
+
+
+class TokenTable(Sequence[Sample]):
+    """The samples of one tokenized file. ``lengths`` int32 [N] is in memory, the tokens are mapped.
+
+    ``facts`` is what :func:`write` was given; ``problems`` are the rows that could not be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = store.read_json(folder / "facts.json")
+        self.problems = [Problem(*p) for p in store.read_json(folder / "problems.json")]
+        paths = sorted(folder.glob("shard-*.safetensors"))
+        self._shards: list[Any] = [safe_open(path, framework="numpy") for path in paths]
+        lengths = [shard.get_tensor(_LENGTH) for shard in self._shards]
+        self._starts = np.cumsum([0, *map(len, lengths)])
+        self.lengths = np.concatenate([np.empty(0, np.int32), *lengths])
+        self._ends = [_ends(shard) for shard in self._shards]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        k = bisect_right(self._starts, index) - 1
+        row = int(index) - int(self._starts[k])
+        sample = {}
+        for field, ends in self._ends[k].items():
+            start = int(ends[row - 1]) if row else 0
+            sample[field] = self._shards[k].get_slice(field)[start : int(ends[row])]
+        return sample
+
+
+def _ends(shard: Any) -> dict[str, np.ndarray]:
+    """For each field, where in the shard's tokens each sample ends."""
+    fields = [key.removesuffix(_ENDS) for key in list(shard.keys()) if key.endswith(_ENDS)]
+    return {field: shard.get_tensor(field + _ENDS) for field in fields}
+
+
+class Mixture(Sequence[Sample]):
+    """Several tables with weights, as one; indices run over all tables' samples in order."""
+
+    def __init__(self, tables: Sequence[TokenTable], weights: Sequence[float], seed: int = 0) -> None:
+        self.tables, self.weights, self.seed = list(tables), list(weights), seed
+        self._starts = np.cumsum([0, *map(len, self.tables)])
+        self.lengths = np.concatenate([np.empty(0, np.int32), *(t.lengths for t in self.tables)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        k = bisect_right(self._starts, index) - 1
+        return self.tables[k][int(index) - int(self._starts[k])]
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Indices of this epoch's samples (int64, unordered): each table's, weight times."""
+        return np.concatenate([self._weighted(k, epoch) for k in range(len(self.tables))])
+
+    def _weighted(self, k: int, epoch: int) -> np.ndarray:
+        own = np.arange(self._starts[k], self._starts[k + 1])
+        whole, part = divmod(self.weights[k], 1.0)
+        picked = permutation(self.seed, f"weight-{k}", epoch, len(own))[: round(part * len(own))]
+        return np.concatenate([np.tile(own, int(whole)), own[picked]])
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Rows that could not be used, of all tables."""
+        return [problem for table in self.tables for problem in table.problems]
+
+
+def take(table: Sequence[Sample], indices: Iterable[int]) -> Iterator[Sample]:
+    """The samples at these indices."""
+    return (table[int(i)] for i in indices)

@@ -1,0 +1,210 @@
+"""Curves over training steps as plain geometry; the report's template draws them as SVG.
+
+Lines are points in a box of 1000 by 1000 that the page stretches to any width; dots, ticks and labels are
+percentages of that box, so that they keep their size on a phone. Not here: colours and fonts, which are CSS.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil, floor, isfinite, log10
+from typing import Any
+
+from tunewright.core.events import Event
+from tunewright.core.units import human_count
+
+Point = tuple[float, float]
+_MOST = 1000
+"""Points of a line: about as many as a screen has pixels across."""
+_KNOWN = {
+    "kind",
+    "time",
+    "stage",
+    "step",
+    "steps",
+    "loss",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "grad_norm",
+    "memory",
+}
+"""Of a step event; other numbers are the objective's own, and each gets a curve."""
+
+
+@dataclass
+class History:
+    """What one stage's events say of each step. Steps that a resumed run did again count once."""
+
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    resumed: list[int] = field(default_factory=list)
+    kept: int | None = None
+    """The step whose weights were restored at the end."""
+
+    def add(self, event: Event) -> None:
+        """Take note of one event."""
+        if event["kind"] == "train":
+            self._begin(event["step"])
+        elif event["kind"] == "step":
+            numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and isfinite(v)}
+            self.steps[event["step"]] = numbers
+        elif event["kind"] == "eval" and isfinite(event["loss"]):
+            self.held_out[event["step"]] = event["loss"]
+        elif event["kind"] == "restore":
+            self.kept = event["step"]
+
+    def _begin(self, at: int) -> None:
+        """Training starts or goes on from here: what an earlier try did later than this is undone."""
+        self.steps = {step: numbers for step, numbers in self.steps.items() if step <= at}
+        self.held_out = {step: loss for step, loss in self.held_out.items() if step <= at}
+        self.resumed = [step for step in self.resumed if step < at] + [at] * (at > 0)
+        self.kept = None
+
+    def curve(self, key: str) -> list[Point]:
+        """One number over the steps, in order."""
+        return [(step, numbers[key]) for step, numbers in sorted(self.steps.items()) if key in numbers]
+
+    def extras(self) -> list[str]:
+        """Names of the numbers that only this objective reports."""
+        return list(dict.fromkeys(k for numbers in self.steps.values() for k in numbers if k not in _KNOWN))
+
+
+def histories(log: Iterable[Event]) -> dict[str, History]:
+    """The history of every stage in the log."""
+    found: dict[str, History] = {}
+    for event in log:
+        found.setdefault(event.get("stage", ""), History()).add(event)
+    return found
+
+
+def smoothed(points: Sequence[Point], span: int) -> list[Point]:
+    """Exponential moving average over about ``span`` points, without the pull of its start at zero."""
+    keep, total, weight = (span - 1) / (span + 1), 0.0, 0.0
+    made: list[Point] = []
+    for step, value in points:
+        total, weight = keep * total + value, keep * weight + 1
+        made.append((step, total / weight))
+    return made
+
+
+def thinned(points: Sequence[Point], most: int = _MOST) -> list[Point]:
+    """Every n-th point, and the last, so that at most ``most`` are left."""
+    stride = ceil(len(points) / (most - 1)) if len(points) > most else 1
+    return [*points[:-1:stride], *points[-1:]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to shares of an axis, 0 at its first tick and 1 at its last."""
+
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value is."""
+        low, high, at = self.ticks[0], self.ticks[-1], value
+        if self.log:
+            low, high, at = log10(low), log10(high), log10(value)
+        return (at - low) / (high - low)
+
+    def labels(self) -> list[str]:
+        """The ticks in words, all with the same number of decimals."""
+        step = min(b - a for a, b in pairwise(self.ticks))
+        return [_number(tick, step) for tick in self.ticks]
+
+
+def _number(value: float, step: float) -> str:
+    if value >= 10_000:
+        return human_count(value)
+    if value and step < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-")
+    return f"{value:,.{max(0, -floor(log10(step) + 1e-9))}f}" if value else "0"
+
+
+def linear(low: float, high: float, count: int = 5, least: float = 0.0) -> Scale:
+    """About ``count`` round steps of at least ``least`` that enclose both values."""
+    rough = max(((high - low) or abs(high) or 1.0) / count, least)
+    size: float = 10.0 ** floor(log10(rough))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= rough * (1 - 1e-9))
+    first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
+    return Scale(tuple(k * step for k in range(first, max(last, first + 1) + 1)))
+
+
+def logarithmic(low: float, high: float) -> Scale:
+    """Round numbers that enclose both values, the fewer the further they are apart."""
+    ratio = high / low
+    heads = (1, 1.5, 2, 3, 5, 7) if ratio < 20 else (1, 2, 5) if ratio < 200 else (1,)
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    marks = [head * 10.0**decade for decade in decades for head in heads]
+    first = max(mark for mark in marks if mark <= low)
+    last = min(mark for mark in marks if mark >= high)
+    return Scale(tuple(mark for mark in marks if first <= mark <= last), log=True)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled plot: lines by CSS class, dots with what to say of them, ticks as (percent, label)."""
+
+    title: str
+    lines: dict[str, str]
+    dots: list[tuple[float, float, str]]
+    x: list[tuple[float, str]]
+    y: list[tuple[float, str]]
+    log: bool = False
+
+
+def chart(
+    title: str, lines: dict[str, Sequence[Point]], dots: Sequence[Point] = (), zero: bool = False
+) -> Chart:
+    """A chart of lines by CSS class. ``zero`` starts the y axis there."""
+    points = [p for line in lines.values() for p in line] + list(dots)
+    x, y = linear(0, max(p[0] for p in points), least=1), _vertical([p[1] for p in points], zero)
+    end = max(p[0] for p in points)
+    x = Scale((*(tick for tick in x.ticks if tick < end * 0.94), end))
+    boxed = {name: _path(thinned(line), x, y) for name, line in lines.items()}
+    spots = [(_percent(x.share(s)), _percent(1 - y.share(v)), f"step {s:,.0f}: {v:.4f}") for s, v in dots]
+    across = [(_percent(x.share(tick)), f"{tick:,.0f}") for tick in x.ticks]
+    up = [(_percent(1 - y.share(t)), label) for t, label in zip(y.ticks, y.labels(), strict=True)]
+    return Chart(title, boxed, spots, across, up, y.log)
+
+
+def _vertical(values: list[float], zero: bool) -> Scale:
+    """Logarithmic where a straight axis would squeeze all but the beginning into its lowest quarter."""
+    low, high = min(values), max(values)
+    if not zero and 0 < low * 4 < high:
+        return logarithmic(low, high)
+    return linear(min(0.0, low) if zero else low, high)
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)
+
+
+def _path(line: Sequence[Point], x: Scale, y: Scale) -> str:
+    return " ".join(f"{1000 * x.share(s):.1f},{1000 * (1 - y.share(v)):.1f}" for s, v in line)
+
+
+def loss_chart(history: History, before: dict[str, Any], after: dict[str, Any]) -> Chart | None:
+    """Training loss, smoothed, and every held-out loss; None if there is neither."""
+    raw = history.curve("loss")
+    last = history.kept or (raw[-1][0] if raw else 0)
+    known = {0: before.get("loss"), **history.held_out, last: after.get("loss", history.held_out.get(last))}
+    dots = sorted((step, loss) for step, loss in known.items() if loss is not None and isfinite(loss))
+    span = len(raw) // 25
+    lines: dict[str, Sequence[Point]] = (
+        {"raw": raw, "smooth": smoothed(raw, span)} if span > 1 else {"smooth": raw}
+    )
+    lines["held"] = dots
+    return chart("Loss", lines, dots) if raw else None
+
+
+def side_charts(history: History) -> list[Chart]:
+    """Learning rate, speed, and what else the objective reports."""
+    named = {"lr": "Learning rate", "tokens_per_second": "Tokens per second, mean since the start"}
+    named |= {key: key.replace("_", " ").capitalize() for key in history.extras()}
+    curves = {title: history.curve(key) for key, title in named.items()}
+    own = {named[key] for key in history.extras()}
+    return [
+        chart(title, {"smooth": curve}, zero=title not in own) for title, curve in curves.items() if curve
+    ]

@@ -1,0 +1,86 @@
+"""Measure a model on held-out data: loss over all of it, generated answers over a part."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+from tunewright.data.rows import Row
+from tunewright.data.template import ChatCodec
+from tunewright.data.tokens import Sample
+from tunewright.evaluate.metrics import exact_match, token_f1
+from tunewright.models.generate import answer
+from tunewright.objectives import Objective
+from tunewright.recipes import EvaluateConfig
+from tunewright.train.loop import held_out_loss
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a model is asked, so that before and after are asked the same."""
+
+    objective: Objective
+    codec: ChatCodec
+    samples: Sequence[Sample]
+    rows: Sequence[Row]
+    config: EvaluateConfig
+    budget: int = 4096
+
+    def take(self, model: Any, progress: Callable[[int, int], None] = lambda done, of: None) -> Tree:
+        """Scores: loss (nats a supervised token), perplexity, exact match and F1 in all and by family."""
+        scores: Tree = {}
+        if len(self.samples):
+            loss = held_out_loss(model, self.objective, self.samples, self.budget)
+            scores |= {"loss": loss, "perplexity": exp(min(loss, 700.0))}
+        if self.asks:
+            answers = self._answers(model, progress)
+            scores |= {**_scores(self.rows, answers), "families": self._families(answers), "answers": answers}
+        return scores
+
+    @property
+    def asks(self) -> bool:
+        """Whether answers are generated."""
+        return self.config.generate and bool(self.rows)
+
+    def _answers(self, model: Any, progress: Callable[[int, int], None]) -> list[str]:
+        prompts = [row.messages[:-1] for row in self.rows]
+        count = len(prompts)
+        return answer(
+            model, self.codec, prompts, self.config.max_new_tokens, progress=lambda n: progress(n, count)
+        )
+
+    def _families(self, answers: list[str]) -> Tree:
+        names = sorted({row.family for row in self.rows if row.family})
+        picked = {n: [i for i, row in enumerate(self.rows) if row.family == n] for n in names}
+        return {n: _scores([self.rows[i] for i in at], [answers[i] for i in at]) for n, at in picked.items()}
+
+    def side_by_side(self, before: Tree, after: Tree) -> list[Tree]:
+        """A few questions with both answers: changed ones of every family first."""
+        if "answers" not in after:
+            return []
+        shown = [
+            {"where": row.where, "family": row.family, "prompt": row.messages[-2].content,
+             "reference": row.messages[-1].content, "before": before.get("answers", [""] * len(self.rows))[i],
+             "after": after["answers"][i]}
+            for i, row in enumerate(self.rows)
+        ]  # fmt: skip
+        return _spread(shown, self.config.samples)
+
+
+def _scores(rows: Sequence[Row], answers: Sequence[str]) -> Tree:
+    """Mean exact match and F1 of answers to these rows."""
+    pairs = [(given, row.messages[-1].content) for given, row in zip(answers, rows, strict=True)]
+    matches = [exact_match(given, meant) for given, meant in pairs]
+    f1 = [token_f1(given, meant) for given, meant in pairs]
+    return {"count": len(pairs), "exact_match": sum(matches) / len(pairs), "f1": sum(f1) / len(pairs)}
+
+
+def _spread(items: list[Tree], count: int) -> list[Tree]:
+    """``count`` items, taking each family in turn."""
+    families = sorted({item["family"] for item in items})
+    queues = [[item for item in items if item["family"] == name] for name in families]
+    longest = max(map(len, queues), default=0)
+    in_turn = [queue[k] for k in range(longest) for queue in queues if k < len(queue)]
+    return in_turn[:count]

@@ -1,0 +1,205 @@
+"""The report: one page that says what a run gained, what it cost and what it came from.
+
+Everything is in ``report.html``; nothing is fetched. Data is untrusted: the template escapes all of it.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tunewright.core import events, store
+from tunewright.core.units import human_bytes, human_count, human_seconds
+from tunewright.evaluate import charts
+from tunewright.evaluate.metrics import exact_match
+
+Tree = dict[str, Any]
+_NOTICED = 5e-4
+"""Smaller changes do not show in the digits that are printed."""
+_LISTED = 200
+"""Rows left out that are listed; a page of a hundred thousand helps nobody."""
+
+
+def write(folder: Path) -> None:
+    """``folder/report.html`` from its ``results.json``, ``events.jsonl`` and ``recipe.yaml``."""
+    results = store.read_json(folder / "results.json")
+    log = list(events.read(folder / "events.jsonl"))
+    found = charts.histories(log)
+    stages = [_stage(s, found.get(s["name"], charts.History())) for s in results["stages"]]
+    page = _environment().get_template("report.html.jinja").render(
+        run=results["run"], status=results["status"], stages=stages, when=_when(log),
+        recipe=_recipe(folder / "recipe.yaml"), folder=shlex.quote(str(folder)),
+    )  # fmt: skip
+    store.write_text(folder / "report.html", page.encode("utf-8", "replace").decode())
+
+
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {"size": human_bytes, "short": human_count, "duration": human_seconds, "whole": "{:,}".format,
+                     "percent": _percent, "points": _points, "perplexity": _perplexity,
+                     "right": _is_right}  # fmt: skip
+    return made
+
+
+def _recipe(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _when(log: list[events.Event]) -> str:
+    return f"{datetime.fromtimestamp(log[-1]['time'], UTC):%Y-%m-%d %H:%M} UTC" if log else ""
+
+
+def _percent(share: float) -> str:
+    """``0.0123`` -> ``'1.2%'``; what is not zero never looks like it."""
+    return f"{share:.2%}" if 0 < abs(share) < 0.01 else f"{share:.1%}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * abs(share):.1f}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else human_count(value)
+
+
+def _is_right(answer: str, reference: str) -> bool:
+    return bool(exact_match(answer, reference))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A score before (None if it was not measured) and after."""
+
+    before: float | None
+    after: float
+    lower_is_better: bool = False
+
+    @property
+    def gain(self) -> float:
+        """How much better it got; below zero is worse."""
+        moved = 0.0 if self.before is None else self.after - self.before
+        return -moved if self.lower_is_better else moved
+
+    @property
+    def verdict(self) -> str:
+        """In a word; empty if there is nothing to compare with."""
+        if self.before is None:
+            return ""
+        return "unchanged" if abs(self.gain) < _NOTICED else "better" if self.gain > 0 else "worse"
+
+
+def _change(stage: Tree, key: str, **how: bool) -> Change | None:
+    after: float | None = stage["after"].get(key)
+    return None if after is None else Change(stage["before"].get(key), after, **how)
+
+
+def _stage(stage: Tree, history: charts.History) -> Tree:
+    """The stage's results and all that is worked out from them for the page."""
+    exact, loss = _change(stage, "exact_match"), _change(stage, "loss", lower_is_better=True)
+    return {
+        **stage, "exact": exact, "loss": loss, "sentences": [*_sentences(stage, exact, loss, history)],
+        "verdict": next((change.verdict for change in (exact, loss) if change), ""),
+        "families": _families(stage), "history": history, "samples": stage.get("samples", []),
+        "loss_chart": charts.loss_chart(history, stage["before"], stage["after"]),
+        "side_charts": charts.side_charts(history),
+        "sets": [_dataset("Training", stage["data"]["train"]), _dataset("Held-out", stage["data"]["valid"])],
+        "chosen": [_options(stage[key]) for key in ("method", "objective")],
+    }  # fmt: skip
+
+
+def _options(choice: Tree) -> str:
+    """``lora (rank 16, alpha 32)``."""
+    options = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in choice.items() if k != "name")
+    return f"{choice['name']} ({options})" if options else str(choice["name"])
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _sentences(
+    stage: Tree, exact: Change | None, loss: Change | None, history: charts.History
+) -> Iterator[str]:
+    """What happened, in words, good or bad."""
+    if exact:
+        yield from _exact_sentences(exact, stage["after"]["count"])
+    if loss:
+        yield _loss_sentence(loss, stage)
+    if not exact and not loss:
+        yield "No score was measured on held-out data in this stage"
+        curve = history.curve("loss")
+        if curve:
+            yield f"The training loss went from {curve[0][1]:.3f} to {curve[-1][1]:.3f}, which is no proof of quality"
+
+
+def _exact_sentences(exact: Change, count: int) -> Iterator[str]:
+    asked = f"{_percent(exact.after)} of {count:,} held-out questions are answered exactly right"
+    if exact.before is None:
+        yield asked
+        return
+    words = {"better": f"{_points(exact.gain)} percentage points better",
+             "worse": f"worse by {_points(exact.gain)} percentage points", "unchanged": "no change"}  # fmt: skip
+    yield f"{asked}; before training it was {_percent(exact.before)}: {words[exact.verdict]}"
+    if _NOTICED <= abs(exact.gain) < margin(exact.before, exact.after, count):
+        yield f"With {count:,} questions, a difference this small may be chance"
+
+
+def margin(before: float, after: float, count: int) -> float:
+    """Differences between two shares of ``count`` below this happen by chance (95%, Agresti-Coull)."""
+    variances = ((p := (share * count + 2) / (count + 4)) * (1 - p) / (count + 4) for share in (before, after))
+    return 1.96 * sqrt(sum(variances))
+
+
+def _loss_sentence(loss: Change, stage: Tree) -> str:
+    if loss.before is None:
+        return f"The held-out loss is {loss.after:.3f} (perplexity {_perplexity(stage['after']['perplexity'])})"
+    words = {"better": "went down, which is better", "worse": "went up, which is worse", "unchanged": "is unchanged"}
+    perplexity = " → ".join(_perplexity(stage[when]["perplexity"]) for when in ("before", "after"))
+    numbers = f"{loss.before:.3f} → {loss.after:.3f}, perplexity {perplexity}"
+    return f"The held-out loss {words[loss.verdict]}: {numbers}"
+
+
+def _families(stage: Tree) -> list[Tree]:
+    """A row for each family, the largest gain first."""
+    before, after = (stage[when].get("families", {}) for when in ("before", "after"))
+    rows = [
+        {"name": name, "count": scores["count"], "f1": scores["f1"],
+         "change": Change(before.get(name, {}).get("exact_match"), scores["exact_match"])}
+        for name, scores in after.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: (-row["change"].gain, -row["change"].after, row["name"]))
+
+
+def _dataset(name: str, facts: Tree) -> Tree:
+    """One data set over all its files."""
+    files, good = facts["files"], sum(file["good"] for file in facts["files"])
+    families: Counter[str] = Counter()
+    for file in files:
+        families.update(file["families"])
+    return {
+        **facts, "name": name, "rows": sum(file["rows"] for file in files),
+        "cjk": sum(file["cjk"] * file["good"] for file in files) / good if good else None,
+        "families": families.most_common(), "lengths": _lengths(facts["lengths"]),
+        "skipped": facts["skipped"][:_LISTED], "left_out": len(facts["skipped"]),
+    }  # fmt: skip
+
+
+def _lengths(bins: Iterable[Tree]) -> list[tuple[str, int]]:
+    """The histogram from its first to its last bin that holds a sample."""
+    found = list(bins)
+    filled = [i for i, b in enumerate(found) if b["samples"]]
+    shown = found[filled[0] : filled[-1] + 1] if filled else []
+    return [(_range(b["from"], b["below"]), b["samples"]) for b in shown]
+
+
+def _range(low: int, below: int) -> str:
+    return f"{low:,} and more" if below >= 1 << 30 else f"{max(low, 1):,}–{below - 1:,}"

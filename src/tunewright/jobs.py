@@ -1,0 +1,157 @@
+"""From a recipe to jobs that can run: everything is looked at first, all problems are told together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunewright import methods, objectives
+from tunewright.core import store
+from tunewright.core.errors import HardwareError, ModelError, Problem, UserError
+from tunewright.core.units import human_bytes
+from tunewright.data import lint, prepare
+from tunewright.data.rows import Row
+from tunewright.data.template import ChatCodec
+from tunewright.data.tokens import Mixture
+from tunewright.models import inspect
+from tunewright.models.load import ModelSource, best_device, find, fingerprint, load_tokenizer
+from tunewright.recipes import Recipe, Stage, plugin_config
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage with all it needs, checked. ``source`` is the base, or the base of the earlier stage."""
+
+    stage: Stage
+    source: ModelSource
+    method: methods.Method
+    objective: objectives.Objective
+    codec: ChatCodec
+    data: Mixture
+    valid: Mixture
+    asked: Sequence[Row]
+
+    @property
+    def earlier(self) -> str:
+        """The earlier stage whose result this one starts from, or an empty string."""
+        return self.stage.model.removeprefix("stage:") if self.stage.model.startswith("stage:") else ""
+
+    def inputs(self) -> dict[str, Any]:
+        """All that decides the outcome, for telling whether a run folder is still this job's."""
+        stage = self.stage.model_dump(mode="json", exclude={"evaluate": True, "train": {"keep"}})
+        return {
+            **stage,
+            "base_sha256": fingerprint(self.source),
+            "template_sha256": store.sha256_json(self.codec.tokenizer.chat_template or ""),
+            "data_sha256": [table.facts["sha256"] for table in self.data.tables],
+            "valid_sha256": [table.facts["sha256"] for table in self.valid.tables],
+        }
+
+
+def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[Job]:
+    """The recipe's jobs, data tokenized. UserError with every problem of model, data and machine."""
+    found: list[Problem] = []
+    jobs: dict[str, Job] = {}
+    for stage in recipe.stages:
+        job = _job(stage, jobs, progress, found)
+        if job:
+            jobs[stage.name] = job
+    if found:
+        raise UserError(dict.fromkeys(found))
+    return list(jobs.values())
+
+
+def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[Problem]) -> Job | None:
+    method = methods.create(stage.method, plugin_config("methods", stage.method))
+    try:
+        source, codec = _model(stage, earlier, method)
+    except UserError as error:
+        found += error.problems
+        found += _lint_only(stage)
+        return None
+    objective = objectives.create(stage.objective, plugin_config("objectives", stage.objective), codec)
+    try:
+        data, valid = _data(stage, objective, codec, progress)
+        asked = prepare.held_out_rows(stage.data, stage.evaluate.limit) if _asks(stage, codec) else []
+    except UserError as error:
+        found += error.problems
+        return None
+    return Job(stage, source, method, objective, codec, data, valid, asked)
+
+
+def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tuple[ModelSource, ChatCodec]:
+    """Where the model is and how it reads; raises all that is wrong with model and machine."""
+    problems: list[Problem] = []
+    if stage.precision == "fp16" and best_device() == "cpu":
+        problems.append(Problem("precision", "fp16 needs a GPU and there is none", "use precision: bf16"))
+    if stage.model.startswith("stage:"):
+        before = earlier.get(stage.model.removeprefix("stage:"))
+        if before is None:  # its own problems are already told
+            raise HardwareError(problems)
+        source = before.source
+    else:
+        source = _found(stage, problems)
+    problems += _memory(stage, source, method)
+    if problems:
+        raise HardwareError(problems)
+    codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source))
+    if objectives.kind(stage.objective["name"]).wants_conversations:
+        codec.require_template()
+    return source, codec
+
+
+def _found(stage: Stage, problems: list[Problem]) -> ModelSource:
+    try:
+        return find(stage.model, stage.trust_remote_code)
+    except ModelError as error:
+        raise ModelError([*problems, *error.problems]) from None
+
+
+def _longest(stage: Stage, source: ModelSource) -> int:
+    """The recipe's max_length, or the model's context if that is shorter."""
+    context = inspect.context_length(source)
+    return min(stage.data.max_length, context) if context else stage.data.max_length
+
+
+def _memory(stage: Stage, source: ModelSource, method: methods.Method) -> list[Problem]:
+    """A problem if the weights alone (and the optimizer's part, if all are trained) exceed what is free."""
+    count = inspect.parameter_count(source)
+    if count is None or best_device() != "cpu":
+        return []
+    trained = 16 if method.folder == "model" else 0  # fp32 master, two moments, gradient
+    need, free = count * ((2 if stage.precision == "bf16" else 4) + trained), inspect.available_memory()
+    if need <= free:
+        return []
+    what = f"{source.name} needs at least {human_bytes(need)} of memory, {human_bytes(free)} is free"
+    return [Problem("model", what, "use precision: bf16, method: lora, or a smaller model")]
+
+
+def _lint_only(stage: Stage) -> list[Problem]:
+    """What is wrong with the data, when there is no tokenizer to go further."""
+    problems: list[Problem] = []
+    for files in (stage.data.train, stage.data.valid):
+        try:
+            report = lint.lint(prepare.sources(files))
+        except UserError as error:
+            problems += error.problems
+            continue
+        problems += report.problems if stage.data.on_bad_row == "stop" else ()
+    return problems
+
+
+def _data(
+    stage: Stage, objective: objectives.Objective, codec: ChatCodec, progress: Progress
+) -> tuple[Mixture, Mixture]:
+    key = codec.key() | {"objective": stage.objective}
+    preparation = prepare.Preparation(objective.encode, key, stage.data.on_bad_row, progress)
+    return prepare.mixture(preparation, stage.data, stage.train.seed)
+
+
+def _asks(stage: Stage, codec: ChatCodec) -> bool:
+    return stage.evaluate.enabled and stage.evaluate.generate and codec.has_template
+
+
+def with_source(job: Job, source: ModelSource) -> Job:
+    """The job on another base: the result of the earlier stage, once it is there."""
+    return replace(job, source=source)

@@ -1,0 +1,1 @@
+"""Base models: finding, loading, inspecting, generating; and the built-in one."""

@@ -1,0 +1,55 @@
+"""What is minimised: one file per objective, each a subclass of :class:`Objective` beside its ``Config``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tunewright.core import plugins
+from tunewright.core.config import Config
+from tunewright.core.errors import Problem
+from tunewright.data.rows import Row
+from tunewright.data.template import ChatCodec
+
+Sample = dict[str, np.ndarray]
+"""One-dimensional integer arrays by name; ``input_ids`` [T] is always among them."""
+Batch = dict[str, Tensor]
+
+
+class Objective(ABC):
+    """The contract. ``codec`` turns rows into tokens; ``config`` is the file's own ``Config``."""
+
+    wants_conversations: bool = True
+    """Whether rows must be conversations (else text rows will do)."""
+
+    def __init__(self, config: Any, codec: ChatCodec) -> None:
+        self.config = config
+        self.codec = codec
+
+    @abstractmethod
+    def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
+        """Samples in the rows' order; a Problem for a row that cannot be learned from."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Samples padded into one batch."""
+
+    @abstractmethod
+    def weight(self, batch: Batch) -> float:
+        """How much of the global batch this one is (supervised tokens): accumulation divides by it."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The batch's mean loss per unit of :meth:`weight`, and figures to log."""
+
+
+def create(choice: Mapping[str, Any], config: Config, codec: ChatCodec) -> Objective:
+    """The objective a stage names."""
+    return kind(choice["name"])(config, codec)
+
+
+def kind(name: str) -> type[Objective]:
+    """The class in the objective's file."""
+    return plugins.implementation(plugins.load("objectives", name), Objective)  # type: ignore[type-abstract]

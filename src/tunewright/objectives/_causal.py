@@ -1,0 +1,44 @@
+"""What causal language-model objectives share: padding and next-token cross-entropy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tunewright.objectives import Batch, Sample
+
+IGNORED = -100
+
+
+def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """``input_ids`` and ``labels`` [B, T], right-padded; labels are already shifted: position t holds token
+    t+1 where that token is learned, else -100.
+    """
+    longest = max(len(s["input_ids"]) for s in samples)
+    ids_BT = np.full((len(samples), longest), pad_id, dtype=np.int64)
+    labels_BT = np.full((len(samples), longest), IGNORED, dtype=np.int64)
+    for i, sample in enumerate(samples):
+        ids, learned = sample["input_ids"], sample["learned"]
+        ids_BT[i, : len(ids)] = ids
+        labels_BT[i, : len(ids) - 1] = np.where(learned[1:] > 0, ids[1:], IGNORED)
+    return {"input_ids": torch.from_numpy(ids_BT), "labels": torch.from_numpy(labels_BT)}
+
+
+def supervised(batch: Batch) -> float:
+    """Number of tokens with a label."""
+    return float((batch["labels"] != IGNORED).sum())
+
+
+def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross-entropy in nats over the labelled positions.
+
+    No attention mask is given: with right padding under causal attention no real token sees a padded one.
+    """
+    logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
+    labels_BT = batch["labels"]
+    kept = labels_BT != IGNORED
+    loss = F.cross_entropy(logits_BTV[kept].float(), labels_BT[kept])
+    return loss, {}

@@ -1,0 +1,67 @@
+"""Causal language modelling on running text, packed into full blocks (Radford 2018; Brown et al. 2020)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from tunewright.core.config import Config as BaseConfig
+from tunewright.core.errors import Problem
+from tunewright.core.units import chunks
+from tunewright.data.rows import Row
+from tunewright.objectives import Batch, Objective, Sample, _causal
+
+
+class Config(BaseConfig):
+    """How texts are laid out."""
+
+    block: int = Field(256, ge=8)
+    """Tokens in a packed block; at most data.max_length."""
+
+
+class Pretrain(Objective):
+    """Texts, each ended by the end token, follow one another in blocks of equal length.
+
+    As in GPT-3, attention may reach into the text before within a block; the end token tells them apart.
+    """
+
+    wants_conversations = False
+
+    def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
+        """``input_ids`` int32 [block] and ``learned`` uint8 [block]; the last block may be shorter."""
+        block = min(self.config.block, self.codec.max_length)
+        ids = np.empty(0, np.int32)
+        for more in self._ids(rows):
+            ids = np.concatenate([ids, more])
+            whole = len(ids) // block * block
+            for start in range(0, whole, block):
+                yield _block(ids[start : start + block])
+            ids = ids[whole:]
+        if len(ids) > 1:
+            yield _block(ids)
+
+    def _ids(self, rows: Iterable[Row]) -> Iterator[np.ndarray]:
+        """Token ids of many texts at a time, since the tokenizer is faster on many."""
+        end = [self.codec.tokenizer.eos_token_id]
+        for some in chunks(rows, 1000):
+            texts = [row.text or self.codec.render(row.messages, row.tools) for row in some]
+            encoded = self.codec.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            yield np.array([token for ids in encoded for token in ids + end], np.int32)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Right-padded ``input_ids`` and shifted ``labels`` [B, T]."""
+        return _causal.pad(samples, self.codec.pad_id)
+
+    def weight(self, batch: Batch) -> float:
+        """Predicted tokens."""
+        return _causal.supervised(batch)
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy per token, in nats."""
+        return _causal.next_token_loss(model, batch)
+
+
+def _block(ids: np.ndarray) -> Sample:
+    return {"input_ids": ids, "learned": np.ones(len(ids), np.uint8)}

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: next-token cross-entropy on the assistant's words only (Ouyang et al. 2022)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tunewright.core.config import Config as BaseConfig
+from tunewright.core.errors import Problem
+from tunewright.core.units import chunks
+from tunewright.data.rows import Row
+from tunewright.data.template import Tokens
+from tunewright.objectives import Batch, Objective, Sample, _causal
+
+
+class Config(BaseConfig):
+    """Supervised fine-tuning has no options of its own."""
+
+
+class Sft(Objective):
+    """Learns the assistant turns of conversations; everything else is context."""
+
+    def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
+        """``input_ids`` int32 [T] and ``learned`` uint8 [T], one sample a row."""
+        for some in chunks(rows, 500):
+            spoken = [row for row in some if row.messages]
+            tokens = iter(self.codec.encode_many(spoken))
+            for row in some:
+                yield self._sample(row, next(tokens) if row.messages else None)
+
+    def _sample(self, row: Row, tokens: Tokens | None) -> Sample | Problem:
+        if tokens is None:
+            return Problem(row.where, "a plain text, but sft learns conversations", "use objective: pretrain")
+        if not any(tokens.learned[1:]):
+            what = f"no assistant token is left within max_length {self.codec.max_length}"
+            return Problem(row.where, what, "raise data.max_length or shorten the row")
+        return {"input_ids": np.array(tokens.ids, np.int32), "learned": np.array(tokens.learned, np.uint8)}
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Right-padded ``input_ids`` and shifted ``labels`` [B, T]."""
+        return _causal.pad(samples, self.codec.pad_id)
+
+    def weight(self, batch: Batch) -> float:
+        """Supervised tokens."""
+        return _causal.supervised(batch)
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy per supervised token, in nats."""
+        return _causal.next_token_loss(model, batch)

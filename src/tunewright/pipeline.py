@@ -1,0 +1,226 @@
+"""Run a recipe: check all of it, then train, measure and save each stage, then report."""
+
+from pathlib import Path
+from typing import Any
+
+from tunewright import jobs, methods
+from tunewright.core import events, machine, store
+from tunewright.core.errors import DriftError, Problem
+from tunewright.core.units import peak_memory_bytes
+from tunewright.data.prepare import statistics
+from tunewright.evaluate import card, report
+from tunewright.evaluate.harness import Examination
+from tunewright.jobs import Job
+from tunewright.models.load import ModelSource, find, fingerprint, load_model
+from tunewright.recipes import Recipe, to_yaml
+from tunewright.runs import Run
+from tunewright.train import readers
+from tunewright.train.checkpoint import Checkpoints
+from tunewright.train.loop import Trainer
+from tunewright.train.state import TrainState
+
+Tree = dict[str, Any]
+
+
+def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: bool = False) -> Run:
+    """Everything the recipe says; running it again reuses what is finished and resumes what is not.
+
+    Raises UserError with all problems before any compute; the run folder is untouched then.
+    """
+    folder = Path(recipe.output)
+    with readers.terminal(quiet) as terminal:
+        todo = jobs.check(recipe, terminal.preparing)
+        if fresh:
+            _move_aside(folder)
+        _check_drift(folder, todo, allow_drift)
+        log = events.EventLog(folder / "events.jsonl", terminal, *readers.named(recipe.logs, folder))
+        try:
+            return _Runner(recipe, folder, log).run(todo)
+        finally:
+            log.close()
+
+
+def _move_aside(folder: Path) -> None:
+    """Keep an older run under the next free number."""
+    if folder.exists():
+        taken = (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10_000))
+        folder.rename(next(path for path in taken if not path.exists()))
+
+
+def _stage_folder(folder: Path, job: Job) -> Path:
+    return folder / "stages" / job.stage.name
+
+
+def _check_drift(folder: Path, todo: list[Job], allow: bool) -> None:
+    """DriftError names every input that differs from those the folder was begun with."""
+    problems = []
+    for job in todo:
+        path = _stage_folder(folder, job) / "inputs.json"
+        if path.exists() and not allow:
+            problems += _differences(job.stage.name, store.read_json(path), job.inputs())
+    if problems:
+        raise DriftError(problems)
+
+
+def _differences(stage: str, old: Any, new: Any, at: str = "") -> list[Problem]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [p for k in keys for p in _differences(stage, old.get(k), new.get(k), f"{at}.{k}".lstrip("."))]
+    if old == new:
+        return []
+    fix = "give another output=FOLDER, start over with --fresh, or insist with --allow-drift"
+    return [Problem(f"{stage}: {at}", f"the run was begun with {old!r}, now it is {new!r}", fix)]
+
+
+class _Runner:
+    """The jobs of one recipe, one after another, in one folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path, log: events.EventLog) -> None:
+        self.recipe, self.folder, self.log = recipe, folder, log
+        self.results: dict[str, Tree] = {}
+
+    def run(self, todo: list[Job]) -> Run:
+        store.write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
+        self._manifest("running")
+        try:
+            for job in todo:
+                self._stage(job)
+        except BaseException as error:
+            self._manifest("stopped", reason=type(error).__name__)
+            raise
+        results = {"run": self.folder.name, "status": "finished", "stages": list(self.results.values())}
+        store.write_json(self.folder / "results.json", results)
+        report.write(self.folder)
+        self._manifest("finished")
+        self.log.emit(
+            "end", results=str(self.folder / "results.json"), report=str(self.folder / "report.html")
+        )
+        return Run(self.folder)
+
+    def _manifest(self, status: str, **facts: Any) -> None:
+        facts |= {"status": status, "versions": machine.versions(), "hardware": machine.hardware()}
+        store.write_json(self.folder / "manifest.json", facts)
+
+    def _stage(self, job: Job) -> None:
+        """Reuse the stage's result if it is whole, else make it."""
+        name, at = job.stage.name, _stage_folder(self.folder, job)
+        self.log.context = {"stage": name}
+        if (at / "metrics.json").exists() and store.is_complete(at / job.method.folder):
+            self.log.emit("reuse")
+            self.results[name] = store.read_json(at / "metrics.json")
+            return
+        store.write_json(at / "inputs.json", job.inputs())
+        if job.earlier:
+            job = jobs.with_source(job, self._result_of(job))
+        metrics = _StageRun(job, at, self.log).run()
+        store.write_json(at / "metrics.json", metrics)
+        self.results[name] = metrics
+
+    def _result_of(self, job: Job) -> ModelSource:
+        """The earlier stage's model; an adapter is merged and saved as this stage's base."""
+        earlier = self.folder / "stages" / job.earlier
+        if (earlier / "model").is_dir():
+            return find(str(earlier / "model"))
+        base = _stage_folder(self.folder, job) / "base"
+        if not store.is_complete(base):
+            manifest = store.verify(earlier / "adapter")
+            model, method = methods.load_adapter(earlier / "adapter", manifest, job.stage.precision)
+            with store.artifact(base) as partial:
+                method.merge(model).save_pretrained(partial)
+                job.codec.tokenizer.save_pretrained(partial)
+        return find(str(base))
+
+
+class _StageRun:
+    """One stage: measure, train, measure, save."""
+
+    def __init__(self, job: Job, folder: Path, log: events.EventLog) -> None:
+        self.job, self.folder, self.log = job, folder, log
+        stage = job.stage
+        self.exam = Examination(
+            job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.tokens_per_batch
+        )
+
+    def run(self) -> Tree:
+        import torch
+
+        from tunewright.core.rng import derive
+
+        stage = self.job.stage
+        torch.manual_seed(derive(stage.train.seed, "init"))
+        model = load_model(self.job.source, stage.precision, random_weights=not self.job.method.needs_weights)
+        before = self._measure(model, "before")
+        torch.manual_seed(derive(stage.train.seed, "method"))
+        model = self.job.method.apply(model)
+        trainer = Trainer(
+            model, self.job.objective, self.job.data, self.job.valid, stage.train, stage.precision, self.log,
+            Checkpoints(self.folder / "checkpoints", stage.train.keep), self.job.method.default_lr,
+        )  # fmt: skip
+        state = trainer.run()
+        after = self._measure(model, "after")
+        metrics = self._metrics(model, trainer, state, before, after)
+        self._save(model, metrics)
+        return metrics
+
+    def _measure(self, model: Any, when: str) -> Tree:
+        """Scores, from the file if this stage measured them before a kill."""
+        if not self.job.stage.evaluate.enabled:
+            return {}
+        path = self.folder / f"{when}.json"
+        if when == "before" and path.exists():
+            saved: Tree = store.read_json(path)
+            return saved
+        scores = self.exam.take(model, lambda done, of: self._progress(when, done, of))
+        store.write_json(path, scores)
+        self.log.emit("measure", when=when, **{k: v for k, v in scores.items() if k != "answers"})
+        return scores
+
+    def _progress(self, when: str, done: int, of: int) -> None:
+        self.log.emit("answering", when=when, done=done, of=of)
+
+    def _metrics(self, model: Any, trainer: Trainer, state: TrainState, before: Tree, after: Tree) -> Tree:
+        stage, named = self.job.stage, list(model.named_parameters())
+        total = sum(p.numel() for _, p in named)
+        trained = sum(p.numel() for p in trainer.optimizer.parameters.values())
+        samples = self.exam.side_by_side(before, after)
+        for scores in (before, after):
+            scores.pop("answers", None)
+        return {
+            "name": stage.name, "model": stage.model, "method": stage.method, "objective": stage.objective,
+            "precision": stage.precision, "train_config": stage.train.model_dump(mode="json"),
+            "parameters": {"total": total, "trainable": trained, "share": trained / total},
+            "data": {"train": statistics(self.job.data), "valid": statistics(self.job.valid),
+                     "padding_share": trainer.padding_share()},
+            "before": before, "after": after, "samples": samples,
+            "train": {"steps": state.step, "planned_steps": trainer.steps, "tokens": state.tokens,
+                      "learned_tokens": state.learned_tokens, "seconds": state.seconds,
+                      "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+                      "best_step": state.best_step or state.step, "peak_memory": peak_memory_bytes()},
+            "artifact": f"stages/{stage.name}/{self.job.method.folder}",
+            "lineage": self._lineage(),
+        }  # fmt: skip
+
+    def _lineage(self) -> Tree:
+        return {
+            "base": self.job.source.name, "base_sha256": fingerprint(self.job.source),
+            "license": card.licence_of(self.job.source),
+            "inputs_sha256": store.sha256_json(self.job.inputs()), "seed": self.job.stage.train.seed,
+            "versions": machine.versions(), "hardware": machine.hardware(),
+        }  # fmt: skip
+
+    def _save(self, model: Any, metrics: Tree) -> None:
+        """The artifact: weights, tokenizer with its template, model card; and its size into the metrics."""
+        stage, method = self.job.stage, self.job.method
+        facts = {
+            "method": stage.method["name"], "base": self.job.source.name, "precision": stage.precision,
+            "base_sha256": metrics["lineage"]["base_sha256"], "trust_remote_code": stage.trust_remote_code,
+            "max_length": self.job.codec.max_length,
+        }  # fmt: skip
+        target = self.folder / method.folder
+        with store.artifact(target, **facts) as partial:
+            method.export(model, partial)
+            self.job.codec.tokenizer.save_pretrained(partial)
+            weights = [p.stat().st_size for p in partial.glob("*.safetensors")]
+            metrics["artifact_bytes"] = sum(weights)
+            store.write_text(partial / "README.md", card.text(metrics))
+        self.log.emit("saved", path=str(target), bytes=metrics["artifact_bytes"])

@@ -1,0 +1,224 @@
+"""Read a recipe: YAML, dotted overrides, one shorthand; every problem at once."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tunewright.core import plugins
+from tunewright.core.config import Config, problems
+from tunewright.core.errors import Problem, RecipeError, nearest
+from tunewright.recipes.schema import Recipe, Stage
+
+Tree = dict[str, Any]
+Schema = TypeVar("Schema", bound=BaseModel)
+_RUN_KEYS = ("output", "logs", "stages")
+_KEYS = (*(key for key in Stage.model_fields if key != "name"), *_RUN_KEYS)
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+    """The recipe in a YAML file or a mapping, with ``key.sub=value`` overrides applied.
+
+    Raises RecipeError with every problem of every stage.
+    """
+    tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    tree = _override(tree, _pairs(overrides))
+    name = "run" if isinstance(source, Mapping) else Path(source).stem
+    found: list[Problem] = []
+    stages = [_stage(raw, where, found) for raw, where in _stage_trees(tree, found)]
+    run = {"output": tree.get("output", f"runs/{name}"), "logs": tree.get("logs") or ()}
+    recipe = _validated(Recipe, {**run, "stages": ()}, "", found)
+    good = [stage for stage in stages if stage]
+    _check_names(good, found)
+    if found or recipe is None:
+        raise RecipeError(found)
+    return recipe.model_copy(update={"stages": tuple(good)})
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [p.name for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+        fix = nearest(path.name, near) if near else "give the path of a YAML file"
+        raise RecipeError(Problem(str(path), "there is no such file", fix)) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(
+            Problem(where, f"not readable as YAML: {getattr(error, 'problem', error)}")
+        ) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(Problem(str(path), f"a recipe is a mapping, found {type(tree).__name__}"))
+    return tree
+
+
+def _pairs(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return [pair for key, value in overrides.items() for pair in _flat(key, value)]
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(Problem(text, "an override is written key=value", "for example train.lr=1e-4"))
+        try:
+            pairs.append((key, yaml.safe_load(value) if value else ""))
+        except yaml.YAMLError:
+            raise RecipeError(Problem(text, "the value is not readable as YAML")) from None
+    return pairs
+
+
+def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
+    """A nested mapping as dotted pairs, so that it changes what it names and nothing else."""
+    if isinstance(value, Mapping):
+        return [pair for inner, v in value.items() for pair in _flat(f"{key}.{inner}", v)]
+    return [(key, value)]
+
+
+def _override(tree: Tree, pairs: list[tuple[str, Any]]) -> Tree:
+    for key, value in pairs:
+        tree = _set(tree, key.split("."), value, key)
+    return tree
+
+
+def _set(node: Any, path: list[str], value: Any, key: str) -> Any:
+    """A copy of ``node`` with the value at ``path`` replaced; stages are found by number or name."""
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        index = _index(node, head, key)
+        return [_set(item, rest, value, key) if i == index else item for i, item in enumerate(node)]
+    if isinstance(node, str):  # `method: lora` and `data: file` are shorthands; spell them out to go inside
+        node = {"train" if head in ("valid", "template", "max_length") else "name": node}
+    elif not isinstance(node, dict):
+        node = {}
+    return {**node, head: _set(node.get(head), rest, value, key)}
+
+
+def _index(stages: list[Any], head: str, key: str) -> int:
+    known = [str(s.get("name", i)) if isinstance(s, dict) else str(i) for i, s in enumerate(stages)]
+    if head.isdigit() and int(head) < len(stages):
+        return int(head)
+    if head in known:
+        return known.index(head)
+    raise RecipeError(Problem(key, f"there is no stage {head!r}", nearest(head, known)))
+
+
+def _stage_trees(tree: Tree, found: list[Problem]) -> list[tuple[Tree, str]]:
+    """Each stage's own tree laid over what the recipe says for all, with its place for messages."""
+    unknown = [str(key) for key in tree if key not in _KEYS]
+    found += [Problem(key, "there is no such option", nearest(key, _KEYS)) for key in unknown]
+    shared = {k: v for k, v in tree.items() if k in _KEYS and k not in _RUN_KEYS}
+    stages = tree.get("stages")
+    if stages is None:
+        return [(shared, "")]
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        found.append(Problem("stages", "expected a list of stages, each a mapping"))
+        return []
+    return [(_merge(shared, stage), f"stages.{i}") for i, stage in enumerate(stages)]
+
+
+def _merge(under: Tree, over: Tree) -> Tree:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        mergeable = isinstance(below, dict) and isinstance(value, dict) and not _renames(below, value)
+        merged[key] = _merge(below, value) if mergeable else value  # type: ignore[arg-type]
+    return merged
+
+
+def _renames(under: Tree, over: Tree) -> bool:
+    """Whether a choice names another plugin: the options below are not that one's then."""
+    return "name" in over and over["name"] != under.get("name")
+
+
+def _validated(schema: type[Schema], tree: Tree, where: str, found: list[Problem]) -> Schema | None:
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        found += problems(error, schema, where)
+        return None
+
+
+def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
+    """One validated stage, its plugin options checked too and its defaults written out."""
+    stage = _validated(Stage, tree, where, found)
+    update: Tree = {}
+    for room, key in (("methods", "method"), ("objectives", "objective")):
+        raw = tree.get(key, Stage.model_fields[key].default)
+        choice = {"name": raw} if isinstance(raw, str) else raw
+        if not isinstance(choice, dict) or not isinstance(choice.get("name"), str):
+            continue  # already a problem of the stage itself
+        config = _plugin(room, choice, f"{where}.{key}" if where else key, found)
+        if config is not None:
+            update[key] = {"name": choice["name"], **config.model_dump(mode="json")}
+    if stage is None:
+        return None
+    return stage.model_copy(update={"name": stage.name or stage.objective["name"], **update})
+
+
+def _plugin(room: str, choice: Tree, where: str, found: list[Problem]) -> Config | None:
+    try:
+        return plugin_config(room, choice, where)
+    except RecipeError as error:
+        found += error.problems
+        return None
+
+
+def plugin_config(room: str, choice: Mapping[str, Any], where: str = "") -> Config:
+    """The plugin's own ``Config`` from ``{name: ..., options}``; RecipeError names each wrong option."""
+    try:
+        schema: type[Config] = plugins.load(room, choice["name"]).Config
+    except RecipeError as error:
+        raise RecipeError([Problem(f"{where}.name", p.what, p.fix) for p in error.problems]) from None
+    try:
+        return schema.model_validate({k: v for k, v in choice.items() if k != "name"})
+    except ValidationError as error:
+        raise RecipeError(problems(error, schema, where)) from None
+
+
+def _check_names(stages: list[Stage], found: list[Problem]) -> None:
+    seen: list[str] = []
+    for stage in stages:
+        if stage.name in seen:
+            found.append(Problem("stages", f"two stages are called {stage.name!r}", "give each a `name`"))
+        if stage.model.startswith("stage:") and stage.model[6:] not in seen:
+            what = f"stage {stage.name!r} starts from {stage.model!r}, which is not an earlier stage"
+            found.append(Problem("model", what, nearest(stage.model[6:], seen) if seen else ""))
+        seen.append(stage.name)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out; loading it gives the same recipe."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return str(text)
+
+
+def schema_json() -> Tree:
+    """JSON schema of a recipe file, with the options of every method and objective, for editors."""
+    stage = Stage.model_json_schema()
+    definitions = stage.pop("$defs", {})
+    for room, key in (("methods", "method"), ("objectives", "objective")):
+        stage["properties"][key] = {"anyOf": [{"enum": plugins.names(room)}, *_choices(room, definitions)]}
+    run = Recipe.model_json_schema()["properties"]
+    partial = {**stage, "required": [], "title": "Stage"}
+    properties = {**stage["properties"], "output": run["output"], "logs": run["logs"],
+                  "stages": {"type": "array", "items": partial}}  # fmt: skip
+    properties.pop("name")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Tunewright recipe"}
+    return {**head, "type": "object", "additionalProperties": False, "properties": properties,
+            "$defs": definitions}  # fmt: skip
+
+
+def _choices(room: str, definitions: Tree) -> list[Tree]:
+    choices = []
+    for name in plugins.names(room):
+        module = plugins.load(room, name)
+        config = module.Config.model_json_schema()
+        definitions.update(config.pop("$defs", {}))
+        config["properties"] = {"name": {"const": name}, **config.get("properties", {})}
+        choices.append({**config, "required": ["name"], "description": plugins.summary(module)})
+    return choices

@@ -1,0 +1,166 @@
+"""What a recipe may say. The options of methods and objectives live in their own files."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from tunewright.core.config import Config
+
+
+class DataFile(Config):
+    """One data file or folder, with what cannot be detected."""
+
+    path: str
+    """A file, a folder, ``builtin:NAME``, or ``FOLDER:NAME`` for a dataset_info.json entry."""
+    format: str = "auto"
+    """alpaca, sharegpt, messages, prompt-completion, text, plain; auto detects it."""
+    weight: float = Field(1.0, gt=0)
+    """How often its rows come up in an epoch: 2 is twice, 0.5 is every second row."""
+    columns: dict[str, str] = {}
+    """Our name of a column -> the file's name of it."""
+    tags: dict[str, str] = {}
+    """ShareGPT tags, as in dataset_info.json."""
+
+
+def _as_files(value: Any) -> Any:
+    """``train: a.jsonl`` and ``train: [a.jsonl, {path: b.jsonl, weight: 2}]`` mean the same kind of list."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+DataFiles = Annotated[
+    tuple[DataFile, ...],
+    BeforeValidator(_as_files, json_schema_input_type=str | DataFile | list[str | DataFile]),
+]
+
+
+class DataConfig(Config):
+    """Which rows are learned and which are held out."""
+
+    train: DataFiles
+    """One file, or a list of files with weights."""
+    valid: DataFiles = ()
+    """Held-out rows. Without them ``valid_share`` of the training rows is held out."""
+    valid_share: float = Field(0.05, ge=0, lt=1)
+    """Share of training samples held out when ``valid`` is not given; 0 turns evaluation off."""
+    template: str = "auto"
+    """auto is the tokenizer's own chat template; or chatml, llama3, alpaca, vicuna, plain."""
+    max_length: int = Field(1024, ge=8)
+    """Longest sample in tokens; what is longer is cut at the end."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """stop refuses to train on a file with bad rows; skip leaves them out and lists them."""
+
+
+class TrainConfig(Config):
+    """How long, how fast, in what portions."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data; unused when max_steps is given."""
+    max_steps: int | None = Field(None, ge=1)
+    """Number of optimizer steps."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; without it, the method's own default."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Learning rate over time; wsd is warm-up, plateau, decay."""
+    warmup: float = Field(0.03, ge=0, le=1)
+    """Share of the steps over which the rate rises from 0."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of the steps over which wsd falls to 0."""
+    tokens_per_batch: int = Field(4096, ge=8)
+    """Tokens (padding included) in one optimizer step."""
+    micro_tokens: int | None = Field(None, ge=8)
+    """Tokens in one forward pass; smaller than tokens_per_batch accumulates gradients."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the decoder block: faster steps after some seconds of compiling; needs a C++ compiler."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between held-out losses; 0 is only at the end."""
+    early_stop: int = Field(0, ge=0)
+    """Evaluations without improvement after which training ends; 0 is never."""
+    restore_best: bool = True
+    """End with the weights of the lowest held-out loss, where eval_every measured several."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 is only at the end."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept (the best is kept besides)."""
+    seed: int = Field(0, ge=0)
+    """Seed of sample order, initialisation and dropout."""
+
+
+class EvaluateConfig(Config):
+    """What is measured before and after training."""
+
+    enabled: bool = True
+    """Measure held-out loss (and answers) before and after."""
+    generate: bool = True
+    """For conversations: generate answers, score exact match, show samples side by side."""
+    limit: int = Field(400, ge=1)
+    """At most so many held-out rows are answered."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated answer in tokens."""
+    samples: int = Field(12, ge=0)
+    """Answers shown side by side in the report."""
+
+
+def _as_choice(value: Any) -> Any:
+    """``method: lora`` is short for ``method: {name: lora}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Choice = Annotated[dict[str, Any], BeforeValidator(_as_choice)]
+
+
+def _as_data(value: Any) -> Any:
+    """``data: my.jsonl`` is short for ``data: {train: my.jsonl}``."""
+    return {"train": value} if isinstance(value, (str, list)) else value
+
+
+Data = Annotated[DataConfig, BeforeValidator(_as_data, json_schema_input_type=str | list[str] | DataConfig)]
+
+
+class Stage(Config):
+    """One training stage: a model, data, and the choice of method, objective and precision."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
+    """Name of the stage's folder; the objective's name if not given."""
+    model: str
+    """builtin:pico, a Hugging Face folder, a hub id, or stage:NAME for an earlier stage's result."""
+    data: Data
+    """What to learn from."""
+    method: Choice = {"name": "lora"}
+    """What is trained; ``name`` and that method's own options."""
+    objective: Choice = {"name": "sft"}
+    """What is minimised; ``name`` and that objective's own options."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16 holds weights in bf16 with fp32 masters of what is trained; fp16 needs a GPU."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
+    train: TrainConfig = TrainConfig()
+    """The training dials."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """The measurements."""
+
+    @field_validator("method", "objective")
+    @classmethod
+    def _has_name(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("name"), str):
+            raise ValueError("needs a `name`")  # noqa: TRY004 pydantic wants a ValueError
+        return value
+
+
+class Recipe(Config):
+    """A run: where it goes, what reads its events, and its stages in order."""
+
+    output: str
+    """The run folder."""
+    logs: tuple[Literal["tensorboard"], ...] = ()
+    """Extra readers of the event stream."""
+    stages: tuple[Stage, ...]
+    """Each complete in itself: what the file says for all stages is already merged in."""

@@ -1,0 +1,171 @@
+"""Readers of the event stream: the terminal, and TensorBoard."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from tunewright.core.errors import Problem, RecipeError
+from tunewright.core.events import Event, Reader
+from tunewright.core.units import human_bytes, human_count, human_seconds
+
+
+class Terminal(Protocol):
+    """Shows events to a person; ``preparing`` is told of rows read before there is a run folder."""
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+
+    def preparing(self, name: str, rows: int) -> None:
+        """So many rows of a file are tokenized."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __call__(self, event: Event) -> None:
+        """Ignore it."""
+
+    def preparing(self, name: str, rows: int) -> None:
+        """Ignore it."""
+
+
+def step_line(event: Event) -> str:
+    """``loss 1.234  lr 2.0e-04  5.1k tok/s  1.2 GB``."""
+    return (f"loss {event['loss']:.4f}  lr {event['lr']:.1e}  "
+            f"{human_count(event['tokens_per_second'])} tok/s  {human_bytes(event['memory'])}")  # fmt: skip
+
+
+_LINES: dict[str, Callable[[Event], str]] = {
+    "train": lambda e: (
+        f"training {e['samples']} samples for {e['steps']} steps ({e['padding_share']:.1%} padding)"
+    ),
+    "measure": lambda e: f"{e['when']}: {_scores(e)}",
+    "eval": lambda e: f"step {e['step']}: held-out loss {e['loss']:.4f}{' (best)' if e['best'] else ''}",
+    "resume": lambda e: f"resumed from the checkpoint of step {e['step']}",
+    "restore": lambda e: f"the weights of step {e['step']} are kept (held-out loss {e['loss']:.4f})",
+    "reuse": lambda e: f"stage {e['stage']} is finished and its inputs are the same: reused",
+    "saved": lambda e: f"saved {e['path']} ({human_bytes(e['bytes'])})",
+}
+
+
+def event_line(event: Event) -> str:
+    """One line on an event worth telling; empty for the others."""
+    return _LINES[event["kind"]](event) if event["kind"] in _LINES else ""
+
+
+def _scores(event: Event) -> str:
+    parts = [f"held-out loss {event['loss']:.4f}"] if "loss" in event else []
+    if "exact_match" in event:
+        parts.append(f"exact match {event['exact_match']:.1%} of {event['count']}")
+    return ", ".join(parts) or "nothing to measure"
+
+
+class Lines:
+    """Plain lines, for logs and pipes: a training line every ten seconds at most."""
+
+    _SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Print the event if it is worth a line."""
+        if event["kind"] == "step":
+            if event["time"] - self._last >= self._SECONDS or event["step"] == event["steps"]:
+                self._last = event["time"]
+                self._print(f"step {event['step']}/{event['steps']}  {step_line(event)}  {_left(event)}")
+        elif line := event_line(event):
+            self._print(line)
+
+    def preparing(self, name: str, rows: int) -> None:
+        """Print every hundred thousand rows."""
+        if rows % 100_000 == 0:
+            self._print(f"reading {name}: {rows} rows")
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _left(event: Event) -> str:
+    """Time left at the present speed, from the tokens of the steps so far."""
+    per_step = event["tokens"] / event["step"] / max(event["tokens_per_second"], 1e-9)
+    return f"{human_seconds((event['steps'] - event['step']) * per_step)} left"
+
+
+class Bar:
+    """A live progress bar, with lines above it for what should stay."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Move the bar; print what should stay."""
+        kind = event["kind"]
+        if kind == "step":
+            self._move("training", event["step"], event["steps"], step_line(event))
+        elif kind == "answering":
+            self._move(f"answers {event['when']}", event["done"], event["of"], "")
+        elif line := event_line(event):
+            self._progress.console.print(line, highlight=False)
+
+    def preparing(self, name: str, rows: int) -> None:
+        """Count rows."""
+        self._move(f"reading {name}", rows, None, f"{rows} rows")
+
+    def _move(self, name: str, done: int, of: int | None, note: str) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=of, note="")
+        self._progress.update(self._tasks[name], completed=done, total=of, note=note)
+
+
+@contextmanager
+def terminal(quiet: bool) -> Iterator[Terminal]:
+    """The reader that suits where stderr goes: a bar on a terminal, else lines; nothing if ``quiet``."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield Silent() if quiet else Lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total}"),
+               TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress)
+
+
+class TensorBoard:
+    """Writes losses, rates and speed as TensorBoard scalars."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def __call__(self, event: Event) -> None:
+        """Write the event's numbers under its stage and kind."""
+        if event["kind"] not in ("step", "eval"):
+            return
+        for key, value in event.items():
+            if isinstance(value, (int, float)) and key not in ("step", "steps", "time"):
+                self._writer.add_scalar(f"{event['stage']}/{event['kind']}/{key}", value, event["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def check_named(names: Iterable[str]) -> None:
+    """RecipeError if a reader's package is not installed."""
+    if "tensorboard" in names and find_spec("tensorboard") is None:
+        fix = "pip install 'tunewright[tensorboard]'"
+        raise RecipeError(Problem("logs", "the package tensorboard is not installed", fix))
+
+
+def named(names: Iterable[str], folder: Path) -> list[Reader]:
+    """The extra readers a recipe asks for."""
+    return [TensorBoard(folder / "tensorboard") for name in names if name == "tensorboard"]

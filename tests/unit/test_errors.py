@@ -1,0 +1,39 @@
+"""Problems read as place, finding and fix; one exception carries them all."""
+
+import pytest
+
+from tunewright.core import errors
+from tunewright.core.errors import DamagedError, DataError, DivergedError, Problem, TunewrightError, UserError, nearest
+
+
+def test_a_problem_reads_as_place_finding_and_fix() -> None:
+    assert str(Problem("rows.jsonl:3", "the row is empty", "fill it in")) == "rows.jsonl:3: the row is empty; fix: fill it in"
+    assert str(Problem("rows.jsonl:3", "the row is empty")) == "rows.jsonl:3: the row is empty"
+
+
+def test_an_error_tells_every_problem_a_line_each() -> None:
+    error = DataError(Problem(f"rows.jsonl:{line}", "bad") for line in (1, 2, 3))
+    assert str(error) == "rows.jsonl:1: bad\nrows.jsonl:2: bad\nrows.jsonl:3: bad"
+    assert [problem.where for problem in error.problems] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+
+
+def test_a_single_problem_needs_no_list() -> None:
+    assert DataError(Problem("a", "b")).problems == (Problem("a", "b"),)
+
+
+@pytest.mark.parametrize("name", ["RecipeError", "DataError", "ModelError", "HardwareError", "DriftError"])
+def test_wrong_input_exits_with_2(name: str) -> None:
+    error = getattr(errors, name)
+    assert issubclass(error, UserError)
+    assert error.exit_code == 2
+
+
+@pytest.mark.parametrize("error", [DamagedError, DivergedError])
+def test_what_is_not_the_users_doing_exits_with_1(error: type[TunewrightError]) -> None:
+    assert not issubclass(error, UserError)
+    assert error.exit_code == 1
+
+
+def test_nearest_offers_the_closest_spelling_or_all_there_are() -> None:
+    assert nearest("rnak", ["alpha", "rank"]) == "did you mean 'rank'?"
+    assert nearest("zzz", ["rank", "alpha"]) == "one of alpha, rank"
