@@ -111,8 +111,10 @@ def make_mixture(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path, tokenizer: Any, make_model: Any, make_mixture: Any) -> Iterator[Callable[..., Any]]:
-    """``make_trainer(lr=1e-2, ...)`` is a Trainer of the tiny model; other keywords are the recipe's ``train``.
+def make_trainer(
+    tmp_path: Path, tokenizer: Any, make_model: Any, make_mixture: Any
+) -> Iterator[Callable[..., Any]]:
+    """``make_trainer(lr=1e-2, ...)`` is a Trainer of the tiny model; such keywords are the recipe's ``train``.
 
     Trainers of the same ``folder`` share their checkpoints, as a run that is killed and started again does.
     """
@@ -129,9 +131,15 @@ def make_trainer(tmp_path: Path, tokenizer: Any, make_model: Any, make_mixture: 
     logs: list[EventLog] = []
 
     def make(
-        talks: Sequence[Talk] = TALKS, *, valid: Sequence[Talk] = (), method: Any = "full", precision: str = "fp32",
-        folder: str = "run", readers: Sequence[Any] = (), **train: Any,
-    ) -> Trainer:  # fmt: skip
+        talks: Sequence[Talk] = TALKS,
+        *,
+        valid: Sequence[Talk] = (),
+        method: Any = "full",
+        precision: str = "fp32",
+        folder: str = "run",
+        readers: Sequence[Any] = (),
+        **train: Any,
+    ) -> Trainer:
         choice = {"name": method} if isinstance(method, str) else method
         torch.manual_seed(0)
         chosen = methods.create(choice, plugin_config("methods", choice))

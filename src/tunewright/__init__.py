@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunewright.runs import Run, Speaker
+    from tunewright.runs import Run
+    from tunewright.serve.speaker import Speaker
 
 __all__ = ["load", "run"]
 
@@ -22,13 +23,13 @@ def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: b
 
     Raises UserError with every problem of recipe, model, data and machine before any compute.
     """
-    from tunewright import pipeline, recipes
+    from tunewright import pipeline
 
-    return pipeline.run(recipes.load(recipe, overrides), quiet=quiet, fresh=fresh, allow_drift=allow_drift)
+    return pipeline.run(pipeline.load(recipe, overrides), quiet=quiet, fresh=fresh, allow_drift=allow_drift)
 
 
 def load(name: str, precision: str = "", template: str = "auto") -> "Speaker":
     """A run folder, an adapter or model folder, a built-in name or a hub id, ready to ``reply``."""
-    from tunewright import runs
+    from tunewright.serve import speaker
 
-    return runs.load(name, precision, template)
+    return speaker.load(name, precision, template)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -63,9 +64,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe; running it again resumes it. Dials: train.lr=1e-4 data.train=my.jsonl output=runs/x."""
-    from tunewright import pipeline, recipes
+    from tunewright import pipeline
 
-    loaded = recipes.load(recipe, overrides or [])
+    loaded = pipeline.load(recipe, overrides or [])
     try:
         finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift)
     except KeyboardInterrupt:
@@ -125,10 +126,10 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to a run, adapter or model."""
-    from tunewright import runs
+    from tunewright.serve import speaker as speakers
     from tunewright.serve.chat import converse
 
-    speaker = runs.load(model, template=template)
+    speaker = speakers.load(model, template=template)
     speaker.codec.require_template()
     asked = iter([prompt] if prompt else [])
     said: list[str] = []
@@ -197,6 +198,7 @@ def _report(error: TunewrightError) -> None:
 
 def main() -> None:
     """Run a verb; a mistake of the user's is told without a traceback and exits with code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         app()
     except TunewrightError as error:

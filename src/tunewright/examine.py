@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunewright import methods, objectives, runs
+from tunewright import methods, objectives
 from tunewright.compress import merge as merging
 from tunewright.core import plugins
 from tunewright.core.errors import DataError, ModelError, Problem
@@ -17,6 +17,7 @@ from tunewright.evaluate.harness import Examination
 from tunewright.models.load import BUILTIN, find, load_tokenizer
 from tunewright.objectives import Objective
 from tunewright.recipes import DataConfig, EvaluateConfig, plugin_config
+from tunewright.serve import speaker as speakers
 
 Tree = dict[str, Any]
 
@@ -59,7 +60,7 @@ def lint_json(report: LintReport) -> Tree:
 def evaluate(model: str, paths: Sequence[str], limit: int = 400, max_new_tokens: int = 64,
              template: str = "auto") -> Tree:  # fmt: skip
     """Scores of a run, adapter or model on the rows of these files: conversations are answered, too."""
-    speaker = runs.load(model, template=template)
+    speaker = speakers.load(model, template=template)
     data = DataConfig.model_validate({"train": paths, "valid": paths})
     name = "sft" if _has_conversations(data) else "pretrain"
     objective = _objective(name, speaker.codec)
@@ -99,7 +100,7 @@ def score_lines(scores: Tree) -> list[str]:
 
 def export(model: str, merge: bool, out: Path | None) -> Tree:
     """Copy a run's artifact, or merge its adapter into a plain model folder of the base's dtype."""
-    artifact = runs.artifact_of(model)
+    artifact = speakers.artifact_of(model)
     if artifact is None:
         what = f"{model} is neither a run folder nor an adapter"
         raise ModelError(Problem("model", what, "give the folder of a finished run"))
@@ -107,7 +108,7 @@ def export(model: str, merge: bool, out: Path | None) -> Tree:
     if not merge:
         merging.copy(artifact, out)
         return {"out": str(out)}
-    speaker = runs.load(str(artifact), "fp32")
+    speaker = speakers.load(str(artifact), "fp32")
     if speaker.method is None:
         raise ModelError(Problem("model", f"{artifact} is a whole model already", "leave out --merge"))
     dtype = methods.stored_dtype(speaker.base)

@@ -1,8 +1,11 @@
 """From a recipe to jobs that can run: everything is looked at first, all problems are told together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from tunewright import methods, objectives
 from tunewright.core import store
@@ -14,7 +17,9 @@ from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Mixture
 from tunewright.models import inspect
 from tunewright.models.load import ModelSource, best_device, find, fingerprint, load_tokenizer
-from tunewright.recipes import Recipe, Stage, plugin_config
+from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
+from tunewright.recipes.schema import as_data
+from tunewright.train import readers
 
 Progress = Callable[[str, int], None]
 
@@ -51,7 +56,7 @@ class Job:
 
 def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[Job]:
     """The recipe's jobs, data tokenized. UserError with every problem of model, data and machine."""
-    found: list[Problem] = []
+    found: list[Problem] = list(readers.missing(recipe.logs))
     jobs: dict[str, Job] = {}
     for stage in recipe.stages:
         job = _job(stage, jobs, progress, found)
@@ -62,13 +67,34 @@ def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[
     return list(jobs.values())
 
 
+def look(trees: Iterable[dict[str, Any]]) -> list[Problem]:
+    """What else is wrong with stages whose recipe is: their models and data, as far as those are readable."""
+    found: list[Problem] = []
+    for tree in trees:
+        found += _model_problems(tree)
+        with suppress(ValidationError):  # told already, as a problem of the recipe
+            found += _lint_only(DataConfig.model_validate(as_data(tree.get("data"))))
+    return list(dict.fromkeys(found))
+
+
+def _model_problems(tree: dict[str, Any]) -> tuple[Problem, ...]:
+    model = tree.get("model")
+    if not isinstance(model, str) or model.startswith("stage:"):
+        return ()
+    try:
+        find(model, bool(tree.get("trust_remote_code")))
+    except ModelError as error:
+        return error.problems
+    return ()
+
+
 def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[Problem]) -> Job | None:
     method = methods.create(stage.method, plugin_config("methods", stage.method))
     try:
         source, codec = _model(stage, earlier, method)
     except UserError as error:
         found += error.problems
-        found += _lint_only(stage)
+        found += _lint_only(stage.data)
         return None
     objective = objectives.create(stage.objective, plugin_config("objectives", stage.objective), codec)
     try:
@@ -127,16 +153,16 @@ def _memory(stage: Stage, source: ModelSource, method: methods.Method) -> list[P
     return [Problem("model", what, "use precision: bf16, method: lora, or a smaller model")]
 
 
-def _lint_only(stage: Stage) -> list[Problem]:
+def _lint_only(data: DataConfig) -> list[Problem]:
     """What is wrong with the data, when there is no tokenizer to go further."""
     problems: list[Problem] = []
-    for files in (stage.data.train, stage.data.valid):
+    for files in (data.train, data.valid):
         try:
             report = lint.lint(prepare.sources(files))
         except UserError as error:
             problems += error.problems
             continue
-        problems += report.problems if stage.data.on_bad_row == "stop" else ()
+        problems += report.problems if data.on_bad_row == "stop" else ()
     return problems
 
 

@@ -1,11 +1,12 @@
 """Run a recipe: check all of it, then train, measure and save each stage, then report."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunewright import jobs, methods
+from tunewright import jobs, methods, recipes
 from tunewright.core import events, machine, store
-from tunewright.core.errors import DriftError, Problem
+from tunewright.core.errors import DriftError, Problem, RecipeError, UserError
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.prepare import statistics
 from tunewright.evaluate import card, report
@@ -20,6 +21,15 @@ from tunewright.train.loop import Trainer
 from tunewright.train.state import TrainState
 
 Tree = dict[str, Any]
+Source = str | Path | Mapping[str, Any]
+
+
+def load(source: Source, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+    """The recipe. UserError tells its problems together with those of the model and data it names."""
+    try:
+        return recipes.load(source, overrides)
+    except RecipeError as error:
+        raise UserError([*error.problems, *jobs.look(error.trees)]) from None
 
 
 def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: bool = False) -> Run:
@@ -29,13 +39,16 @@ def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: b
     """
     folder = Path(recipe.output)
     with readers.terminal(quiet) as terminal:
+        for stage in recipe.stages:
+            if stage.trust_remote_code:
+                terminal({"kind": "remote-code", "model": stage.model})
         todo = jobs.check(recipe, terminal.preparing)
         if fresh:
             _move_aside(folder)
-        _check_drift(folder, todo, allow_drift)
+        drift = _drift(folder, todo, allow_drift)
         log = events.EventLog(folder / "events.jsonl", terminal, *readers.named(recipe.logs, folder))
         try:
-            return _Runner(recipe, folder, log).run(todo)
+            return _Runner(recipe, folder, log, drift).run(todo)
         finally:
             log.close()
 
@@ -51,15 +64,17 @@ def _stage_folder(folder: Path, job: Job) -> Path:
     return folder / "stages" / job.stage.name
 
 
-def _check_drift(folder: Path, todo: list[Job], allow: bool) -> None:
-    """DriftError names every input that differs from those the folder was begun with."""
-    problems = []
+def _drift(folder: Path, todo: list[Job], allow: bool) -> dict[str, list[str]]:
+    """By stage, every input that differs from those the folder was begun with; DriftError unless allowed."""
+    found: dict[str, list[Problem]] = {}
     for job in todo:
         path = _stage_folder(folder, job) / "inputs.json"
-        if path.exists() and not allow:
-            problems += _differences(job.stage.name, store.read_json(path), job.inputs())
-    if problems:
+        if path.exists():
+            found[job.stage.name] = _differences(job.stage.name, store.read_json(path), job.inputs())
+    problems = [problem for some in found.values() for problem in some]
+    if problems and not allow:
         raise DriftError(problems)
+    return {name: [f"{p.where}: {p.what}" for p in some] for name, some in found.items() if some}
 
 
 def _differences(stage: str, old: Any, new: Any, at: str = "") -> list[Problem]:
@@ -75,8 +90,10 @@ def _differences(stage: str, old: Any, new: Any, at: str = "") -> list[Problem]:
 class _Runner:
     """The jobs of one recipe, one after another, in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, log: events.EventLog) -> None:
-        self.recipe, self.folder, self.log = recipe, folder, log
+    def __init__(
+        self, recipe: Recipe, folder: Path, log: events.EventLog, drift: dict[str, list[str]]
+    ) -> None:
+        self.recipe, self.folder, self.log, self.drift = recipe, folder, log, drift
         self.results: dict[str, Tree] = {}
 
     def run(self, todo: list[Job]) -> Run:
@@ -105,14 +122,15 @@ class _Runner:
         """Reuse the stage's result if it is whole, else make it."""
         name, at = job.stage.name, _stage_folder(self.folder, job)
         self.log.context = {"stage": name}
-        if (at / "metrics.json").exists() and store.is_complete(at / job.method.folder):
+        drifted = self.drift.get(name, [])
+        if not drifted and (at / "metrics.json").exists() and store.is_complete(at / job.method.folder):
             self.log.emit("reuse")
             self.results[name] = store.read_json(at / "metrics.json")
             return
         store.write_json(at / "inputs.json", job.inputs())
         if job.earlier:
             job = jobs.with_source(job, self._result_of(job))
-        metrics = _StageRun(job, at, self.log).run()
+        metrics = _StageRun(job, at, self.log, drifted).run()
         store.write_json(at / "metrics.json", metrics)
         self.results[name] = metrics
 
@@ -134,8 +152,8 @@ class _Runner:
 class _StageRun:
     """One stage: measure, train, measure, save."""
 
-    def __init__(self, job: Job, folder: Path, log: events.EventLog) -> None:
-        self.job, self.folder, self.log = job, folder, log
+    def __init__(self, job: Job, folder: Path, log: events.EventLog, drifted: list[str]) -> None:
+        self.job, self.folder, self.log, self.drifted = job, folder, log, drifted
         stage = job.stage
         self.exam = Examination(
             job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.tokens_per_batch
@@ -204,6 +222,7 @@ class _StageRun:
         return {
             "base": self.job.source.name, "base_sha256": fingerprint(self.job.source),
             "license": card.licence_of(self.job.source),
+            "drift": self.drifted,
             "inputs_sha256": store.sha256_json(self.job.inputs()), "seed": self.job.stage.train.seed,
             "versions": machine.versions(), "hardware": machine.hardware(),
         }  # fmt: skip

@@ -3,12 +3,15 @@
 import pytest
 
 from tunewright.core import errors
-from tunewright.core.errors import DamagedError, DataError, DivergedError, Problem, TunewrightError, UserError, nearest
+from tunewright.core.errors import DataError, Problem, TunewrightError, UserError, nearest
 
 
 def test_a_problem_reads_as_place_finding_and_fix() -> None:
-    assert str(Problem("rows.jsonl:3", "the row is empty", "fill it in")) == "rows.jsonl:3: the row is empty; fix: fill it in"
-    assert str(Problem("rows.jsonl:3", "the row is empty")) == "rows.jsonl:3: the row is empty"
+    assert (
+        str(Problem("a.jsonl:3", "the row is empty", "fill it in"))
+        == "a.jsonl:3: the row is empty; fix: fill it in"
+    )
+    assert str(Problem("a.jsonl:3", "the row is empty")) == "a.jsonl:3: the row is empty"
 
 
 def test_an_error_tells_every_problem_a_line_each() -> None:
@@ -28,7 +31,7 @@ def test_wrong_input_exits_with_2(name: str) -> None:
     assert error.exit_code == 2
 
 
-@pytest.mark.parametrize("error", [DamagedError, DivergedError])
+@pytest.mark.parametrize("error", [errors.DamagedError, errors.DivergedError])
 def test_what_is_not_the_users_doing_exits_with_1(error: type[TunewrightError]) -> None:
     assert not issubclass(error, UserError)
     assert error.exit_code == 1

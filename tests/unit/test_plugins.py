@@ -115,7 +115,10 @@ def test_a_file_with_two_methods_is_refused(folder: Path) -> None:
     write(folder / "pair.py", BITFIT.format(name="One") + "\n\n    class Other(Full):\n        pass\n")
     with pytest.raises(RecipeError) as caught:
         plugins.implementation(plugins.load("methods", "pair"), Method)
-    assert str(caught.value) == f"{folder / 'pair.py'}: a plugin has exactly one subclass of Method, found One, Other"
+    assert (
+        str(caught.value)
+        == f"{folder / 'pair.py'}: a plugin has exactly one subclass of Method, found One, Other"
+    )
 
 
 def test_a_file_without_a_method_is_refused(folder: Path) -> None:
@@ -125,7 +128,10 @@ def test_a_file_without_a_method_is_refused(folder: Path) -> None:
 
 
 def test_a_file_without_a_config_is_refused(folder: Path) -> None:
-    write(folder / "optionless.py", "from tunewright.methods.full import Full\n\nclass Optionless(Full):\n    pass\n")
+    write(
+        folder / "optionless.py",
+        "from tunewright.methods.full import Full\n\nclass Optionless(Full):\n    pass\n",
+    )
     with pytest.raises(RecipeError, match="Config"):
         load({"model": "builtin:pico", "data": "a.jsonl", "method": "optionless"})
 

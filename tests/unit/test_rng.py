@@ -8,11 +8,14 @@ from tunewright.core.rng import derive, permutation
 
 
 def test_the_same_inputs_give_the_same_seed_on_every_machine_and_call() -> None:
-    assert derive(0, "order", 3) == derive(0, "order", 3) == 1119079219060690713
+    assert derive(0, "order", 3) == derive(0, "order", 3) == 5172884068272721061
 
 
 def test_seed_stream_and_step_all_matter() -> None:
-    assert len({derive(0, "order", 0), derive(1, "order", 0), derive(0, "batches", 0), derive(0, "order", 1)}) == 4
+    assert (
+        len({derive(0, "order", 0), derive(1, "order", 0), derive(0, "batches", 0), derive(0, "order", 1)})
+        == 4
+    )
 
 
 @given(st.integers(0, 2**40), st.text(max_size=8), st.integers(0, 2**40))
@@ -28,7 +31,11 @@ def test_a_permutation_holds_every_number_once(seed: int, step: int, count: int)
 def test_permutations_repeat_and_streams_differ() -> None:
     first = permutation(0, "order", 0, 50)
     assert np.array_equal(first, permutation(0, "order", 0, 50))
-    others = [permutation(1, "order", 0, 50), permutation(0, "batches", 0, 50), permutation(0, "order", 1, 50)]
+    others = [
+        permutation(1, "order", 0, 50),
+        permutation(0, "batches", 0, 50),
+        permutation(0, "order", 1, 50),
+    ]
     assert not any(np.array_equal(first, other) for other in others)
 
 

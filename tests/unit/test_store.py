@@ -29,11 +29,20 @@ def make(folder: Path, text: str = "words", **facts: object) -> Path:
 def test_an_artifact_is_sealed_with_a_manifest_of_hashes_and_facts(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", method="lora")
     assert store.verify(folder) == {
-        "files": {"a.txt": store.sha256_file(folder / "a.txt"), "inner/b.txt": store.sha256_file(folder / "inner/b.txt")},
+        "files": {
+            "a.txt": store.sha256_file(folder / "a.txt"),
+            "inner/b.txt": store.sha256_file(folder / "inner/b.txt"),
+        },
         "method": "lora",
     }
     assert store.is_complete(folder)
-    assert names(tmp_path) == ["model", "model/a.txt", "model/inner", "model/inner/b.txt", "model/manifest.json"]
+    assert names(tmp_path) == [
+        "model",
+        "model/a.txt",
+        "model/inner",
+        "model/inner/b.txt",
+        "model/manifest.json",
+    ]
 
 
 def test_while_it_is_written_nothing_stands_at_its_place(tmp_path: Path) -> None:
@@ -67,7 +76,13 @@ def test_an_older_artifact_is_replaced_whole(tmp_path: Path) -> None:
         (partial / "old.txt").write_text("old")
     make(folder, "new")
     assert store.is_complete(folder)
-    assert names(tmp_path) == ["model", "model/a.txt", "model/inner", "model/inner/b.txt", "model/manifest.json"]
+    assert names(tmp_path) == [
+        "model",
+        "model/a.txt",
+        "model/inner",
+        "model/inner/b.txt",
+        "model/manifest.json",
+    ]
 
 
 def test_parents_are_made(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Numbers as people read and write them."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tunewright.core.units import (
@@ -33,7 +33,15 @@ def test_human_bytes(count: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.25, "0.2s"), (9.94, "9.9s"), (42.4, "42s"), (75, "1m15s"), (605, "10m05s"), (3599.7, "1h00m"), (9000, "2h30m")],
+    [
+        (0.25, "0.2s"),
+        (9.94, "9.9s"),
+        (42.4, "42s"),
+        (75, "1m15s"),
+        (605, "10m05s"),
+        (3599.7, "1h00m"),
+        (9000, "2h30m"),
+    ],
 )
 def test_human_seconds(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
@@ -48,12 +56,9 @@ def test_human_count(count: float, text: str) -> None:
 
 
 @given(st.integers(0, 10**11))
+@example(999_999)
 def test_human_count_is_never_in_scientific_notation(count: int) -> None:
     assert "e" not in human_count(count)
-
-
-def test_human_count_just_below_a_million() -> None:
-    assert human_count(999_999) == "1 M"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +71,7 @@ def test_parse_bytes(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "GB", "-1GB", "1.2.3GB", "24 XB"])
 def test_parse_bytes_refuses_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size|could not convert"):
+    with pytest.raises(ValueError, match=r"is not a size|could not convert"):
         parse_bytes(text)
 
 

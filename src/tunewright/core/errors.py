@@ -15,7 +15,7 @@ TunewrightError            exit 1
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class UserError(TunewrightError):
 
 
 class RecipeError(UserError):
-    """The recipe is wrong."""
+    """The recipe is wrong. ``trees`` are its stages as written, so that the rest can be checked, too."""
+
+    def __init__(self, problems: Problem | Iterable[Problem], trees: Iterable[dict[str, Any]] = ()) -> None:
+        super().__init__(problems)
+        self.trees = tuple(trees)
 
 
 class DataError(UserError):

@@ -6,7 +6,7 @@ percentages of that box, so that they keep their size on a phone. Not here: colo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil, floor, isfinite, log10
 from typing import Any
 
@@ -14,21 +14,10 @@ from tunewright.core.events import Event
 from tunewright.core.units import human_count
 
 Point = tuple[float, float]
+Lines = dict[str, Sequence[Point]]
 _MOST = 1000
 """Points of a line: about as many as a screen has pixels across."""
-_KNOWN = {
-    "kind",
-    "time",
-    "stage",
-    "step",
-    "steps",
-    "loss",
-    "lr",
-    "tokens",
-    "tokens_per_second",
-    "grad_norm",
-    "memory",
-}
+_KNOWN = ("time", "step", "steps", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "memory")
 """Of a step event; other numbers are the objective's own, and each gets a curve."""
 
 
@@ -79,13 +68,11 @@ def histories(log: Iterable[Event]) -> dict[str, History]:
 
 
 def smoothed(points: Sequence[Point], span: int) -> list[Point]:
-    """Exponential moving average over about ``span`` points, without the pull of its start at zero."""
-    keep, total, weight = (span - 1) / (span + 1), 0.0, 0.0
-    made: list[Point] = []
-    for step, value in points:
-        total, weight = keep * total + value, keep * weight + 1
-        made.append((step, total / weight))
-    return made
+    """Mean of about ``span`` points around each, of fewer towards the ends, so that nothing is shifted."""
+    sums = [0.0, *accumulate(value for _, value in points)]
+    reach = [min(span // 2, i, len(points) - 1 - i) for i in range(len(points))]
+    means = [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reach)]
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
 def thinned(points: Sequence[Point], most: int = _MOST) -> list[Point]:
@@ -115,7 +102,7 @@ class Scale:
 
 
 def _number(value: float, step: float) -> str:
-    if value >= 10_000:
+    if step >= 1000:
         return human_count(value)
     if value and step < 1e-3:
         return f"{value:.3g}".replace("e-0", "e-")
@@ -126,7 +113,7 @@ def linear(low: float, high: float, count: int = 5, least: float = 0.0) -> Scale
     """About ``count`` round steps of at least ``least`` that enclose both values."""
     rough = max(((high - low) or abs(high) or 1.0) / count, least)
     size: float = 10.0 ** floor(log10(rough))
-    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= rough * (1 - 1e-9))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough * (1 - 1e-9))
     first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
     return Scale(tuple(k * step for k in range(first, max(last, first + 1) + 1)))
 
@@ -154,17 +141,15 @@ class Chart:
     log: bool = False
 
 
-def chart(
-    title: str, lines: dict[str, Sequence[Point]], dots: Sequence[Point] = (), zero: bool = False
-) -> Chart:
+def chart(title: str, lines: Lines, dots: Sequence[Point] = (), zero: bool = False) -> Chart:
     """A chart of lines by CSS class. ``zero`` starts the y axis there."""
     points = [p for line in lines.values() for p in line] + list(dots)
     x, y = linear(0, max(p[0] for p in points), least=1), _vertical([p[1] for p in points], zero)
     end = max(p[0] for p in points)
-    x = Scale((*(tick for tick in x.ticks if tick < end * 0.94), end))
+    x = Scale((*(tick for tick in x.ticks if tick < end * 0.88), end))
     boxed = {name: _path(thinned(line), x, y) for name, line in lines.items()}
     spots = [(_percent(x.share(s)), _percent(1 - y.share(v)), f"step {s:,.0f}: {v:.4f}") for s, v in dots]
-    across = [(_percent(x.share(tick)), f"{tick:,.0f}") for tick in x.ticks]
+    across = [(_percent(x.share(tick)), f"{'step ' * (tick == end)}{tick:,.0f}") for tick in x.ticks]
     up = [(_percent(1 - y.share(t)), label) for t, label in zip(y.ticks, y.labels(), strict=True)]
     return Chart(title, boxed, spots, across, up, y.log)
 
@@ -186,25 +171,20 @@ def _path(line: Sequence[Point], x: Scale, y: Scale) -> str:
 
 
 def loss_chart(history: History, before: dict[str, Any], after: dict[str, Any]) -> Chart | None:
-    """Training loss, smoothed, and every held-out loss; None if there is neither."""
+    """Training loss, smoothed, and every held-out loss; None without training steps."""
     raw = history.curve("loss")
-    last = history.kept or (raw[-1][0] if raw else 0)
-    known = {0: before.get("loss"), **history.held_out, last: after.get("loss", history.held_out.get(last))}
+    last = history.kept or max(history.steps, default=0)
+    known: dict[int, float | None] = {0: before.get("loss"), **history.held_out}
+    known[last] = after.get("loss", known.get(last))
     dots = sorted((step, loss) for step, loss in known.items() if loss is not None and isfinite(loss))
     span = len(raw) // 25
-    lines: dict[str, Sequence[Point]] = (
-        {"raw": raw, "smooth": smoothed(raw, span)} if span > 1 else {"smooth": raw}
-    )
-    lines["held"] = dots
-    return chart("Loss", lines, dots) if raw else None
+    trained: Lines = {"raw": raw, "smooth": smoothed(raw, span)} if span > 1 else {"smooth": raw}
+    return chart("Loss", {**trained, "held": dots}, dots) if raw else None
 
 
 def side_charts(history: History) -> list[Chart]:
     """Learning rate, speed, and what else the objective reports."""
     named = {"lr": "Learning rate", "tokens_per_second": "Tokens per second, mean since the start"}
     named |= {key: key.replace("_", " ").capitalize() for key in history.extras()}
-    curves = {title: history.curve(key) for key, title in named.items()}
-    own = {named[key] for key in history.extras()}
-    return [
-        chart(title, {"smooth": curve}, zero=title not in own) for title, curve in curves.items() if curve
-    ]
+    curves = [(title, history.curve(key), key in _KNOWN) for key, title in named.items()]
+    return [chart(title, {"smooth": curve}, zero=known) for title, curve, known in curves if curve]

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tunewright.core import events, store
 from tunewright.core.units import human_bytes, human_count, human_seconds
 from tunewright.evaluate import charts
+from tunewright.evaluate.charts import Point
 from tunewright.evaluate.metrics import exact_match
 
 Tree = dict[str, Any]
@@ -44,9 +45,10 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters |= {"size": human_bytes, "short": human_count, "duration": human_seconds, "whole": "{:,}".format,
-                     "percent": _percent, "points": _points, "perplexity": _perplexity,
-                     "right": _is_right}  # fmt: skip
+    made.filters |= {
+        "size": human_bytes, "short": human_count, "duration": human_seconds, "whole": "{:,}".format,
+        "percent": _percent, "points": _points, "perplexity": _perplexity, "right": _is_right,
+    }  # fmt: skip
     return made
 
 
@@ -60,7 +62,9 @@ def _when(log: list[events.Event]) -> str:
 
 def _percent(share: float) -> str:
     """``0.0123`` -> ``'1.2%'``; what is not zero never looks like it."""
-    return f"{share:.2%}" if 0 < abs(share) < 0.01 else f"{share:.1%}"
+    if 0 < share < 1e-4:
+        return "<0.01%"
+    return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.1%}"
 
 
 def _points(share: float) -> str:
@@ -106,9 +110,10 @@ def _stage(stage: Tree, history: charts.History) -> Tree:
     """The stage's results and all that is worked out from them for the page."""
     exact, loss = _change(stage, "exact_match"), _change(stage, "loss", lower_is_better=True)
     return {
-        **stage, "exact": exact, "loss": loss, "sentences": [*_sentences(stage, exact, loss, history)],
+        **stage, "exact": exact, "loss": loss, "history": history,
+        "sentences": [*_sentences(stage, exact, loss, history.curve("loss"))],
         "verdict": next((change.verdict for change in (exact, loss) if change), ""),
-        "families": _families(stage), "history": history, "samples": stage.get("samples", []),
+        "families": _families(stage), "samples": stage.get("samples", []),
         "loss_chart": charts.loss_chart(history, stage["before"], stage["after"]),
         "side_charts": charts.side_charts(history),
         "sets": [_dataset("Training", stage["data"]["train"]), _dataset("Held-out", stage["data"]["valid"])],
@@ -126,46 +131,42 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _sentences(
-    stage: Tree, exact: Change | None, loss: Change | None, history: charts.History
-) -> Iterator[str]:
+def _sentences(stage: Tree, exact: Change | None, loss: Change | None, curve: list[Point]) -> Iterator[str]:
     """What happened, in words, good or bad."""
     if exact:
         yield from _exact_sentences(exact, stage["after"]["count"])
     if loss:
-        yield _loss_sentence(loss, stage)
+        yield _loss_sentence(loss)
     if not exact and not loss:
-        yield "No score was measured on held-out data in this stage"
-        curve = history.curve("loss")
+        yield "Nothing was measured on held-out data."
         if curve:
-            yield f"The training loss went from {curve[0][1]:.3f} to {curve[-1][1]:.3f}, which is no proof of quality"
+            first, last = curve[0][1], curve[-1][1]
+            yield f"The training loss went from {first:.3f} to {last:.3f}; that alone proves little."
 
 
 def _exact_sentences(exact: Change, count: int) -> Iterator[str]:
-    asked = f"{_percent(exact.after)} of {count:,} held-out questions are answered exactly right"
+    now = f"{_percent(exact.after)} of {count:,} held-out questions are answered exactly right"
     if exact.before is None:
-        yield asked
+        yield f"{now}."
         return
-    words = {"better": f"{_points(exact.gain)} percentage points better",
-             "worse": f"worse by {_points(exact.gain)} percentage points", "unchanged": "no change"}  # fmt: skip
-    yield f"{asked}; before training it was {_percent(exact.before)}: {words[exact.verdict]}"
+    points = f"{_points(exact.gain)} percentage points"
+    words = {"better": f"{points} better", "worse": f"{points} worse", "unchanged": "no change"}
+    yield f"{now}, {_percent(exact.before)} before training: {words[exact.verdict]}."
     if _NOTICED <= abs(exact.gain) < margin(exact.before, exact.after, count):
-        yield f"With {count:,} questions, a difference this small may be chance"
+        yield f"With {count:,} questions, a difference this small may be chance."
 
 
 def margin(before: float, after: float, count: int) -> float:
     """Differences between two shares of ``count`` below this happen by chance (95%, Agresti-Coull)."""
-    variances = ((p := (share * count + 2) / (count + 4)) * (1 - p) / (count + 4) for share in (before, after))
-    return 1.96 * sqrt(sum(variances))
+    shares = [(share * count + 2) / (count + 4) for share in (before, after)]
+    return 1.96 * sqrt(sum(p * (1 - p) / (count + 4) for p in shares))
 
 
-def _loss_sentence(loss: Change, stage: Tree) -> str:
+def _loss_sentence(loss: Change) -> str:
     if loss.before is None:
-        return f"The held-out loss is {loss.after:.3f} (perplexity {_perplexity(stage['after']['perplexity'])})"
-    words = {"better": "went down, which is better", "worse": "went up, which is worse", "unchanged": "is unchanged"}
-    perplexity = " → ".join(_perplexity(stage[when]["perplexity"]) for when in ("before", "after"))
-    numbers = f"{loss.before:.3f} → {loss.after:.3f}, perplexity {perplexity}"
-    return f"The held-out loss {words[loss.verdict]}: {numbers}"
+        return f"The held-out loss is {loss.after:.3f}."
+    words = {"better": "fell, which is better", "worse": "rose, which is worse", "unchanged": "is unchanged"}
+    return f"The held-out loss {words[loss.verdict]}: {loss.before:.3f} before, {loss.after:.3f} after."
 
 
 def _families(stage: Tree) -> list[Tree]:

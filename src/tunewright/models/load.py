@@ -84,10 +84,25 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's fast tokenizer."""
     from transformers import AutoTokenizer
 
+    _quiet()
     try:
-        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(Problem("model", f"{source.name} has no usable tokenizer: {error}")) from None
+    if not tokenizer.is_fast:
+        raise ModelError(
+            Problem("model", f"{source.name} has no fast tokenizer", "convert it to tokenizer.json")
+        )
+    tokenizer.model_max_length = 1 << 30  # our own max_length cuts; the library would only warn
+    return tokenizer
+
+
+def _quiet() -> None:
+    """No progress bars of the library's own: ours tell what happens."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def load_model(source: ModelSource, precision: str = "fp32", random_weights: bool = False) -> Any:
@@ -97,6 +112,7 @@ def load_model(source: ModelSource, precision: str = "fp32", random_weights: boo
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _quiet()
     code, dtype = source.trust_remote_code, DTYPES[precision]
     try:
         if random_weights:

@@ -27,13 +27,14 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     tree = _override(tree, _pairs(overrides))
     name = "run" if isinstance(source, Mapping) else Path(source).stem
     found: list[Problem] = []
-    stages = [_stage(raw, where, found) for raw, where in _stage_trees(tree, found)]
+    trees = _stage_trees(tree, found)
+    stages = [_stage(raw, where, found) for raw, where in trees]
     run = {"output": tree.get("output", f"runs/{name}"), "logs": tree.get("logs") or ()}
     recipe = _validated(Recipe, {**run, "stages": ()}, "", found)
     good = [stage for stage in stages if stage]
     _check_names(good, found)
     if found or recipe is None:
-        raise RecipeError(found)
+        raise RecipeError(found, (raw for raw, _ in trees))
     return recipe.model_copy(update={"stages": tuple(good)})
 
 

@@ -44,7 +44,7 @@ class DataConfig(Config):
     valid_share: float = Field(0.05, ge=0, lt=1)
     """Share of training samples held out when ``valid`` is not given; 0 turns evaluation off."""
     template: str = "auto"
-    """auto is the tokenizer's own chat template; or chatml, llama3, alpaca, vicuna, plain."""
+    """auto is the tokenizer's own chat template; or alpaca, chatml, llama2, llama3, plain, vicuna."""
     max_length: int = Field(1024, ge=8)
     """Longest sample in tokens; what is longer is cut at the end."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -117,12 +117,12 @@ def _as_choice(value: Any) -> Any:
 Choice = Annotated[dict[str, Any], BeforeValidator(_as_choice)]
 
 
-def _as_data(value: Any) -> Any:
+def as_data(value: Any) -> Any:
     """``data: my.jsonl`` is short for ``data: {train: my.jsonl}``."""
     return {"train": value} if isinstance(value, (str, list)) else value
 
 
-Data = Annotated[DataConfig, BeforeValidator(_as_data, json_schema_input_type=str | list[str] | DataConfig)]
+Data = Annotated[DataConfig, BeforeValidator(as_data, json_schema_input_type=str | list[str] | DataConfig)]
 
 
 class Stage(Config):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from tunewright.data.rows import Message
-from tunewright.runs import Speaker
+from tunewright.serve.speaker import Speaker
 
 _HELP = "/new forgets the conversation, /quit leaves"
 

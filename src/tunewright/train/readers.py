@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tunewright.core.errors import Problem, RecipeError
+from tunewright.core.errors import Problem
 from tunewright.core.events import Event, Reader
 from tunewright.core.units import human_bytes, human_count, human_seconds
 
@@ -42,6 +42,7 @@ def step_line(event: Event) -> str:
 
 
 _LINES: dict[str, Callable[[Event], str]] = {
+    "remote-code": lambda e: f"running Python code that comes with {e['model']} (trust_remote_code: true)",
     "train": lambda e: (
         f"training {e['samples']} samples for {e['steps']} steps ({e['padding_share']:.1%} padding)"
     ),
@@ -159,11 +160,11 @@ class TensorBoard:
         self._writer.close()
 
 
-def check_named(names: Iterable[str]) -> None:
-    """RecipeError if a reader's package is not installed."""
+def missing(names: Iterable[str]) -> Iterator[Problem]:
+    """A problem for each reader whose package is not installed."""
     if "tensorboard" in names and find_spec("tensorboard") is None:
         fix = "pip install 'tunewright[tensorboard]'"
-        raise RecipeError(Problem("logs", "the package tensorboard is not installed", fix))
+        yield Problem("logs", "the package tensorboard is not installed", fix)
 
 
 def named(names: Iterable[str], folder: Path) -> list[Reader]:

@@ -11,7 +11,7 @@ __all__ = ["SOURCES", "rows", "version"]
 
 CORPUS_SIZE = 420_000  # documents
 CORPUS_VALID_SIZE = 1_000
-DEMO_TRAIN_SIZE = 2_400  # rows
+DEMO_TRAIN_SIZE = 4_000  # rows
 DEMO_VALID_SIZE = 400
 
 

@@ -237,24 +237,24 @@ def _recap(rng: random.Random, style: str, lang: str, lines: bool, told: tuple[C
 
 
 def _story(rng: random.Random, lang: str) -> str:
-    """Two or three children with things and places; the end repeats some of it, in any order."""
+    """Two or three children with things and places; the end repeats it, in any order."""
     told = scene(rng, lang, False, 2 + int(rng.random() * 2))
     style = pick(rng, ("have", "have", "place", "both"))
     body = pick(rng, OPENERS[lang]) + tell(style, lang, told)
     rng.shuffle(told)
     lines = rng.random() < 0.5
-    ends = [_recap(rng, style, lang, lines, one) for one in told[: 1 + int(rng.random() * 3)]]
+    ends = [_recap(rng, style, lang, lines, one) for one in told]
     return ("\n" if lines else " " if lang == "en" else "").join([body, *ends])
 
 
 Maker = Callable[[random.Random, str], str]
 # Out of a hundred documents.
 SHARES: tuple[tuple[Maker, int], ...] = (
-    (_facts, 40),
-    (_arithmetic, 22),
+    (_facts, 25),
+    (_arithmetic, 25),
     (_sequence, 12),
-    (_rewrite, 13),
-    (_story, 13),
+    (_rewrite, 18),
+    (_story, 20),
 )
 MAKERS = tuple(maker for maker, share in SHARES for _ in range(share))
 

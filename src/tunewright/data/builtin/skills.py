@@ -15,9 +15,9 @@ from tunewright.data.builtin.split import is_held_out
 Item = TypeVar("Item")
 Pairs = tuple[tuple[int, int], ...]
 
-TOP_OPERAND = 99
-TOP_TERM = 200
-TOP_STEP = 12
+TOP_OPERAND = 49
+TOP_TERM = 100
+TOP_STEP = 10
 TERMS = 6
 
 
@@ -153,7 +153,7 @@ def addition_key(a: int, b: int) -> str:
 
 @functools.cache
 def additions(held_out: bool) -> Pairs:
-    """Operands (a, b), each 0 to 99."""
+    """Operands (a, b), each 0 to 49."""
     span = range(TOP_OPERAND + 1)
     pairs = itertools.product(span, span)
     return tuple(pair for pair in pairs if is_held_out(addition_key(*pair)) == held_out)
@@ -161,14 +161,14 @@ def additions(held_out: bool) -> Pairs:
 
 @functools.cache
 def subtractions(held_out: bool) -> Pairs:
-    """Operands (a, b) with 0 <= b <= a <= 99."""
+    """Operands (a, b) with 0 <= b <= a <= 49."""
     pairs = ((a, b) for a in range(TOP_OPERAND + 1) for b in range(a + 1))
     return tuple((a, b) for a, b in pairs if is_held_out(f"sub:{a}:{b}") == held_out)
 
 
 @functools.cache
 def sequences(held_out: bool) -> Pairs:
-    """(start, step) of six terms within 0 to 200; the step is 1 to 12, or as much below 0."""
+    """(start, step) of six terms within 0 to 100; the step is 1 to 10, or as much below 0."""
     reach = TERMS - 1
     rising = ((a, s) for s in range(1, TOP_STEP + 1) for a in range(TOP_TERM - reach * s + 1))
     falling = ((a, -s) for s in range(1, TOP_STEP + 1) for a in range(reach * s, TOP_TERM + 1))

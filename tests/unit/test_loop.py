@@ -1,0 +1,374 @@
+"""The one training loop, on a real model of two layers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tunewright.core import events
+from tunewright.core.errors import DivergedError
+from tunewright.data.tokens import take
+from tunewright.train.loop import Trainer, held_out_loss
+
+MakeTrainer = Callable[..., Trainer]
+LORA = {"name": "lora", "rank": 4, "dropout": 0.1}
+OTHERS = (("How are you?", "I am well, thank you."), ("Where is it?", "It is on the table."))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Equal to the last bit, NaN too."""
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[n].float().numpy(), other[n].float().numpy(), equal_nan=True) for n in one
+    )
+
+
+def logged(tmp_path: Path, kind: str, folder: str = "run") -> list[dict[str, Any]]:
+    return [event for event in events.read(tmp_path / folder / "events.jsonl") if event["kind"] == kind]
+
+
+def losses(tmp_path: Path, folder: str = "run") -> list[float]:
+    return [event["loss"] for event in logged(tmp_path, "step", folder)]
+
+
+# Learning
+
+
+@pytest.mark.parametrize(("method", "share"), [("full", 0.8), ({"name": "lora", "rank": 8}, 0.92)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_falls(
+    make_trainer: MakeTrainer, tmp_path: Path, method: Any, share: float, precision: str
+) -> None:
+    make_trainer(method=method, precision=precision, lr=0.02, max_steps=20).run()
+    found = losses(tmp_path)
+    assert len(found) == 20
+    assert np.mean(found[-3:]) < share * found[0]
+
+
+def test_only_what_the_method_trains_changes(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method="lora", lr=0.01, max_steps=3)
+    before = weights(trainer)
+    trainer.run()
+    changed = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_two_runs_are_equal_to_the_last_bit(make_trainer: MakeTrainer) -> None:
+    one, other = (make_trainer(method=LORA, folder=name, max_steps=5) for name in ("one", "other"))
+    one.run()
+    other.run()
+    assert same(weights(one), weights(other))
+
+
+def test_another_seed_is_another_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_trainer(folder=str(seed), seed=seed, max_steps=3).run()
+    assert losses(tmp_path, "0") != losses(tmp_path, "1")
+
+
+def test_epochs_are_steps_unless_steps_are_given(make_trainer: MakeTrainer) -> None:
+    one = make_trainer(epochs=1)
+    assert one.steps == len(one.plan.batches(0)) > 1
+    assert make_trainer(epochs=2).run().step == one.steps + len(one.plan.batches(1))
+    assert make_trainer(epochs=9, max_steps=2, folder="other").run().step == 2
+
+
+def test_without_a_rate_the_methods_own_is_used(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(method="lora", max_steps=2, schedule="linear").run()
+    make_trainer(method="lora", max_steps=1, lr=0.5, folder="given").run()
+    assert [event["lr"] for event in logged(tmp_path, "step")] == pytest.approx([2e-4, 1e-4])
+    assert [event["lr"] for event in logged(tmp_path, "step", "given")] == [0.5]
+
+
+def test_tokens_are_counted(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(epochs=1)
+    state = trainer.run()
+    assert state.tokens == trainer.data.lengths.sum()
+    assert state.learned_tokens == sum(int(sample["learned"][1:].sum()) for sample in trainer.data)
+    assert state.seconds > 0
+
+
+def test_the_log_tells_what_training_begins_with(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=1)
+    trainer.run()
+    (event,) = logged(tmp_path, "train")
+    assert (event["steps"], event["step"], event["samples"]) == (1, 0, len(trainer.data))
+    batches = trainer.plan.batches(0)
+    real = sum(int(trainer.data.lengths[b].sum()) for b in batches)
+    padded = sum(len(b) * int(trainer.data.lengths[b].max()) for b in batches)
+    assert event["padding_share"] == pytest.approx(1 - real / padded)
+
+
+# Accumulation
+
+
+def gradients(trainer: Trainer) -> tuple[int, float, dict[str, torch.Tensor]]:
+    """Forward passes, loss and gradients of the first global batch."""
+    indices = next(trainer.plan.start_at(0))
+    batches = [trainer._batch(list(take(trainer.data, micro))) for micro in trainer._micro_batches(indices)]
+    loss, _ = trainer._accumulate(batches, [trainer.objective.weight(batch) for batch in batches])
+    return len(batches), loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_many_micro_batches_have_the_gradient_of_one(make_trainer: MakeTrainer, method: str) -> None:
+    count, loss, whole = gradients(make_trainer(method=method, tokens_per_batch=512))
+    assert count == 1
+    for micro_tokens in (8, 40, 64):
+        count, parts_loss, parts = gradients(
+            make_trainer(method=method, tokens_per_batch=512, micro_tokens=micro_tokens)
+        )
+        assert count > 2
+        assert parts_loss == pytest.approx(loss, abs=1e-6)
+        assert parts.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=0)
+
+
+def test_the_gradient_of_a_batch_is_that_of_its_mean_over_supervised_tokens(
+    make_trainer: MakeTrainer,
+) -> None:
+    _, loss, found = gradients(make_trainer(tokens_per_batch=512, micro_tokens=40))
+    trainer = make_trainer(tokens_per_batch=512)
+    total, count = torch.tensor(0.0), 0
+    for sample in trainer.data:  # one by one, without padding
+        ids = torch.tensor(sample["input_ids"], dtype=torch.long)
+        learned = torch.tensor(sample["learned"][1:], dtype=torch.bool)
+        log_probabilities = trainer.model(ids[None]).logits[0, :-1].log_softmax(-1)
+        total = total - log_probabilities[torch.arange(len(ids) - 1), ids[1:]][learned].sum()
+        count += int(learned.sum())
+    (total / count).backward()
+    assert loss == pytest.approx(float(total.detach()) / count, abs=1e-5)
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=0)
+
+
+# Resuming
+
+
+def kill_at(step: int) -> Callable[[events.Event], None]:
+    """A reader of events that ends the run at a step."""
+
+    def reader(event: events.Event) -> None:
+        if event["kind"] == "step" and event["step"] == step:
+            raise KeyboardInterrupt
+
+    return reader
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["full", LORA], ids=["full", "lora with dropout"])
+@pytest.mark.parametrize("killed_at", [2, 5, 9])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    make_trainer: MakeTrainer, tmp_path: Path, method: Any, precision: str, killed_at: int
+) -> None:
+    settings = {
+        "method": method, "precision": precision, "lr": 0.01, "max_steps": 10, "micro_tokens": 32,
+        "valid": OTHERS, "eval_every": 3, "save_every": 2,
+    }  # fmt: skip
+    whole = make_trainer(folder="whole", **settings)
+    whole_state = whole.run()
+    killed = make_trainer(folder="killed", readers=[kill_at(killed_at)], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make_trainer(folder="killed", **settings)
+    resumed_state = resumed.run()
+
+    saved_at = (killed_at - 1) // 2 * 2
+    assert [event["step"] for event in logged(tmp_path, "resume", "killed")] == (
+        [saved_at] if saved_at else []
+    )
+    assert same(weights(resumed), weights(whole))
+    assert same(resumed.optimizer.weights(), whole.optimizer.weights())
+    assert same(resumed.optimizer.state(), whole.optimizer.state())
+    resumed_state.seconds = whole_state.seconds
+    assert resumed_state == whole_state
+    expected = losses(tmp_path, "whole")
+    assert losses(tmp_path, "killed") == expected[:killed_at] + expected[saved_at:]
+
+
+def test_a_finished_run_is_not_trained_again(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(max_steps=4, save_every=2, lr=0.01).run()
+    again = make_trainer(max_steps=2, save_every=2, lr=0.01)
+    assert again.run().step == 2
+    assert len(losses(tmp_path)) == 4
+
+
+def test_checkpoints_are_kept_as_asked(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(max_steps=9, save_every=2, keep=2).run()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008"]
+    assert [event["step"] for event in logged(tmp_path, "checkpoint")] == [2, 4, 6, 8]
+
+
+# Held-out loss
+
+
+def test_the_held_out_loss_is_the_mean_over_supervised_tokens(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(valid=OTHERS)
+    alone = [
+        (held_out_loss(trainer.model, trainer.objective, [s], 64), s["learned"][1:].sum())
+        for s in trainer.valid
+    ]
+    expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
+    for budget in (8, 64, 4096):
+        assert held_out_loss(trainer.model, trainer.objective, trainer.valid, budget) == pytest.approx(
+            expected
+        )
+
+
+def test_measuring_is_without_dropout_and_leaves_the_model_as_it_was(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method={"name": "lora", "dropout": 0.9}, valid=OTHERS, lr=0.05, max_steps=3)
+    trainer.run()
+    trainer.model.train()
+    assert trainer.held_out_loss() == trainer.held_out_loss()
+    assert trainer.model.training
+    trainer.model.eval()
+    trainer.held_out_loss()
+    assert not trainer.model.training
+
+
+def test_evaluations_come_as_often_as_asked(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(valid=OTHERS, eval_every=2, max_steps=5).run()
+    assert [event["step"] for event in logged(tmp_path, "eval")] == [2, 4]
+
+
+def test_without_held_out_samples_nothing_is_measured(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(eval_every=1, early_stop=1, max_steps=3).run()
+    assert logged(tmp_path, "eval") == []
+    assert len(losses(tmp_path)) == 3
+
+
+# A rate at which what is held out is soon forgotten.
+FORGETS = {"valid": OTHERS, "lr": 0.03, "eval_every": 1, "max_steps": 60, "schedule": "constant"}
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls(make_trainer: MakeTrainer) -> None:
+    state = make_trainer(early_stop=3, **FORGETS).run()
+    assert state.step == state.best_step + 3 < 60
+    assert state.evals_since_best == 3
+
+
+def test_the_best_weights_are_kept(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(early_stop=3, **FORGETS)
+    state = trainer.run()
+    assert trainer.held_out_loss() == state.best_loss
+    (event,) = logged(tmp_path, "restore")
+    assert (event["step"], event["loss"]) == (state.best_step, state.best_loss)
+
+
+def test_or_the_last_ones_where_that_is_asked(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(early_stop=3, restore_best=False, **FORGETS)
+    state = trainer.run()
+    assert trainer.held_out_loss() == logged(tmp_path, "eval")[-1]["loss"] > state.best_loss
+    assert logged(tmp_path, "restore") == []
+
+
+# Memory
+
+
+@pytest.mark.parametrize("method", ["full", LORA], ids=["full", "lora with dropout"])
+def test_gradient_checkpointing_changes_no_loss(
+    make_trainer: MakeTrainer, tmp_path: Path, method: Any
+) -> None:
+    for name, used in (("plain", False), ("checkpointed", True)):
+        trainer = make_trainer(
+            method=method, folder=name, lr=0.01, max_steps=4, micro_tokens=32, gradient_checkpointing=used
+        )
+        trainer.run()
+        assert trainer.model.is_activation_checkpointing == used
+    assert losses(tmp_path, "checkpointed") == pytest.approx(losses(tmp_path, "plain"), abs=1e-6)
+
+
+# Numbers that are not finite
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_update(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(save_every=1, max_steps=3)
+    with torch.no_grad():
+        trainer.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    before = weights(trainer)
+    with pytest.raises(DivergedError, match="the loss at step 1 is nan; nothing was updated with it"):
+        trainer.run()
+    assert same(weights(trainer), before)
+    assert trainer.state.step == 0
+    assert trainer.optimizer.state() == {}
+    assert losses(tmp_path) == []
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_steps_before_a_bad_one_are_kept(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(save_every=2, max_steps=9)
+
+    def poison(event: events.Event) -> None:
+        if event["kind"] == "step" and event["step"] == 3:
+            with torch.no_grad():
+                trainer.model.model.norm.weight.fill_(float("inf"))
+
+    trainer.log.readers.append(poison)
+    with pytest.raises(DivergedError, match="the loss at step 4 is nan"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+# fp16
+
+
+def test_fp16_learns_with_a_scaled_loss(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(precision="fp16", lr=0.02, max_steps=12)
+    trainer.state.loss_scale = 1024.0
+    state = trainer.run()
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert losses(tmp_path)[-1] < 0.8 * losses(tmp_path)[0]
+    assert (state.loss_scale, state.scaled_steps) == (1024.0, 12)
+
+
+def test_fp16_gradients_are_those_of_fp32_but_for_rounding(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer(precision=precision, folder=precision, max_steps=1)
+        trainer.state.loss_scale = 1024.0
+        trainer.run()
+    (exact,), (rounded,) = (logged(tmp_path, "step", name) for name in ("fp32", "fp16"))
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+    assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=5e-2)
+
+
+def test_an_fp16_overflow_halves_the_scale_and_skips_the_update(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(precision="fp16", max_steps=1)
+    trainer.state.loss_scale = 2.0**60
+    before = weights(trainer)
+    state = trainer.run()
+    assert same(weights(trainer), before)
+    assert trainer.optimizer.state() == {}
+    assert (state.step, state.loss_scale, state.scaled_steps) == (1, 2.0**59, 0)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_fp16_finds_a_scale_by_itself(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(precision="fp16", max_steps=40, lr=0.01)
+    trainer.state.loss_scale = 2.0**40
+    before = weights(trainer)
+    state = trainer.run()
+    assert state.loss_scale < 2.0**40
+    assert state.scaled_steps > 0
+    assert not same(weights(trainer), before)
+
+
+def test_every_logged_event_is_json_that_any_reader_takes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(precision="fp16", max_steps=1)
+    trainer.state.loss_scale = 2.0**60
+    trainer.run()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)

@@ -1,0 +1,207 @@
+"""What each method trains, saves, loads and merges."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tunewright import methods
+from tunewright.core import plugins, store
+from tunewright.core.errors import DamagedError, ModelError, RecipeError
+from tunewright.methods.full import Full
+from tunewright.methods.lora import Config, Lora
+from tunewright.methods.scratch import Scratch
+from tunewright.models.load import find, load_model
+
+MakeModel = Callable[..., Any]
+IDS = torch.tensor([[5, 77, 1030, 9, 4, 42]])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    return model(input_ids=IDS).logits.float()
+
+
+def close(one: torch.Tensor, other: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(one, other, atol=atol, rtol=0)
+
+
+def trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def lora(**options: Any) -> Lora:
+    return Lora(Config(**options))
+
+
+# Every method
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_what_is_trained_comes_back_from_its_folder(
+    make_trainer: Any, make_model: MakeModel, tmp_path: Path, name: str
+) -> None:
+    trainer = make_trainer(method=name, lr=0.02, max_steps=3)
+    before = logits(trainer.model)
+    trainer.run()
+    after = logits(trainer.model)
+    assert (after - before).abs().max() > 1e-3
+    with store.artifact(tmp_path / "saved") as partial:
+        methods.create({"name": name}, methods_config(name)).export(trainer.model, partial)
+    close(logits(methods.kind(name).load(make_model(), tmp_path / "saved")), after, 1e-5)
+
+
+def methods_config(name: str) -> Any:
+    return plugins.load("methods", name).Config()
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_a_merged_model_is_plain_and_says_the_same(make_trainer: Any, name: str) -> None:
+    trainer = make_trainer(method=name, lr=0.02, max_steps=3)
+    trainer.run()
+    after = logits(trainer.model)
+    merged = methods.kind(name).merge(trainer.model)
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in module for module, _ in merged.named_modules())
+    close(logits(merged), after, 1e-4)
+
+
+@pytest.mark.parametrize("name", plugins.names("methods"))
+def test_every_method_says_what_it_saves_and_how_fast_it_learns(name: str) -> None:
+    method = methods.kind(name)
+    assert method.folder in ("adapter", "model")
+    assert 0 < method.default_lr < 1
+
+
+def test_a_misspelt_method_is_told_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'lora'"):
+        methods.kind("lroa")
+
+
+# LoRA
+
+
+def test_lora_trains_its_factors_only(make_model: MakeModel) -> None:
+    model = lora(rank=4).apply(make_model())
+    names = trainable(model)
+    assert names
+    assert all("lora_A" in name or "lora_B" in name for name in names)
+
+
+def test_lora_has_rank_times_in_plus_out_parameters_for_every_linear_layer(make_model: MakeModel) -> None:
+    base = make_model()
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    expected = 4 * sum(layer.in_features + layer.out_features for layer in linear.values())
+    assert len(linear) == 2 * 7
+    model = lora(rank=4).apply(base)
+    assert sum(parameter.numel() for parameter in trainable(model).values()) == expected
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.[qv]_proj"])
+def test_lora_goes_where_it_is_told(make_model: MakeModel, targets: Any) -> None:
+    names = trainable(lora(target_modules=targets).apply(make_model()))
+    assert {name.split(".lora_")[0].split(".")[-1] for name in names} == {"q_proj", "v_proj"}
+
+
+def test_an_untrained_lora_changes_nothing(make_model: MakeModel) -> None:
+    before = logits(make_model())
+    assert torch.equal(logits(lora(dropout=0.5).apply(make_model())), before)
+
+
+def test_lora_is_the_weight_plus_alpha_over_rank_times_b_a(make_model: MakeModel) -> None:
+    model = lora(rank=4, alpha=12, target_modules=["q_proj"]).apply(make_model())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 32)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = x @ (layer.base_layer.weight + 12 / 4 * b @ a).T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_lora_factors_have_the_dtype_of_the_base(make_model: MakeModel) -> None:
+    model = lora().apply(make_model("bf16"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def trained(make_trainer: Any, tmp_path: Path) -> tuple[torch.Tensor, Path]:
+    """The logits of a trained LoRA, and the folder it is saved in."""
+    trainer = make_trainer(method={"name": "lora", "rank": 4, "alpha": 12}, lr=0.02, max_steps=4)
+    trainer.run()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    lora(rank=4, alpha=12).export(trainer.model, folder)
+    return logits(trainer.model), folder
+
+
+def test_peft_reads_what_lora_saves(trained: tuple[torch.Tensor, Path], make_model: MakeModel) -> None:
+    expected, folder = trained
+    close(logits(PeftModel.from_pretrained(make_model(), folder)), expected, 1e-5)
+
+
+def test_a_saved_lora_is_pefts_own_format_and_nothing_else(
+    trained: tuple[torch.Tensor, Path], tiny_model_folder: Path
+) -> None:
+    _, folder = trained
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 12)
+    assert config["base_model_name_or_path"] == str(tiny_model_folder)
+
+
+def test_an_adapter_is_found_again_by_its_manifest(
+    trained: tuple[torch.Tensor, Path], tiny_model_folder: Path
+) -> None:
+    expected, folder = trained
+    manifest = {"base": str(tiny_model_folder), "method": "lora"}
+    model, method = methods.load_adapter(folder, manifest, "fp32")
+    assert method is Lora
+    close(logits(model), expected, 1e-5)
+
+
+@pytest.mark.parametrize("manifest", [{}, {"base": "builtin:pico"}, {"method": "lora"}])
+def test_a_manifest_must_name_base_and_method(tmp_path: Path, manifest: dict[str, str]) -> None:
+    with pytest.raises(DamagedError, match="does not name base and method"):
+        methods.load_adapter(tmp_path, manifest, "fp32")
+
+
+def test_an_adapter_whose_base_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no folder"):
+        methods.load_adapter(tmp_path, {"base": str(tmp_path / "gone"), "method": "lora"}, "fp32")
+
+
+# Full and scratch
+
+
+def test_full_trains_every_weight(make_model: MakeModel) -> None:
+    base = make_model().requires_grad_(False)
+    model = Full(methods_config("full")).apply(base)
+    assert trainable(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_full_saves_an_ordinary_hugging_face_folder(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    Full(methods_config("full")).export(model, tmp_path)
+    assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert torch.equal(logits(load_model(find(str(tmp_path)))), logits(model))
+
+
+def test_full_keeps_the_dtype(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("bf16")
+    Full(methods_config("full")).export(model, tmp_path)
+    assert Full.load(make_model("bf16"), tmp_path).dtype == torch.bfloat16
+
+
+def test_scratch_needs_the_architecture_only() -> None:
+    assert not Scratch.needs_weights
+    assert Full.needs_weights
+    assert Lora.needs_weights
+    assert methods.kind("scratch") is Scratch
