@@ -114,7 +114,7 @@ def make_mixture(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
 def make_trainer(
     tmp_path: Path, tokenizer: Any, make_model: Any, make_mixture: Any
 ) -> Iterator[Callable[..., Any]]:
-    """``make_trainer(lr=1e-2, ...)`` is a Trainer of the tiny model; such keywords are the recipe's ``train``.
+    """``make_trainer(lr=1e-2, ...)`` is a Trainer of the tiny model; other keywords are ``train``'s.
 
     Trainers of the same ``folder`` share their checkpoints, as a run that is killed and started again does.
     """
@@ -153,5 +153,6 @@ def make_trainer(
         )  # fmt: skip
 
     yield make
+    torch.set_flush_denormal(False)  # training may set it, and it holds for the whole process
     for log in logs:
         log.close()

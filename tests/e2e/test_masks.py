@@ -55,7 +55,9 @@ def real_rows(folder, count: int) -> list[Row]:
 )
 def test_only_the_assistants_words_and_end_token_are_learned(shared_fixtures, tokenizer, template, layout):
     codec = ChatCodec(
-        AutoTokenizer.from_pretrained(shared_fixtures / "tokenizers" / tokenizer), template, max_length=1 << 20
+        AutoTokenizer.from_pretrained(shared_fixtures / "tokenizers" / tokenizer),
+        template,
+        max_length=1 << 20,
     )
     rows = real_rows(shared_fixtures, 50)
     assert len(rows) == 50
@@ -71,11 +73,15 @@ def test_only_the_assistants_words_and_end_token_are_learned(shared_fixtures, to
                                                             ("llama2-32k", "llama2", "</s>")])  # fmt: skip
 def test_what_is_learned_decodes_to_the_answers(shared_fixtures, tokenizer, template, end):
     codec = ChatCodec(
-        AutoTokenizer.from_pretrained(shared_fixtures / "tokenizers" / tokenizer), template, max_length=1 << 20
+        AutoTokenizer.from_pretrained(shared_fixtures / "tokenizers" / tokenizer),
+        template,
+        max_length=1 << 20,
     )
     for row in real_rows(shared_fixtures, 50):
         tokens = codec.encode(row)
-        words = codec.tokenizer.decode([i for i, said in zip(tokens.ids, tokens.learned, strict=True) if said])
+        words = codec.tokenizer.decode(
+            [i for i, said in zip(tokens.ids, tokens.learned, strict=True) if said]
+        )
         answers = [m.content.strip() for m in row.messages if m.role == "assistant"]
         assert [part.strip() for part in words.split(end)[:-1]] == answers
         assert codec.tokenizer.convert_tokens_to_ids(end) in codec.stop_ids

@@ -83,7 +83,9 @@ def test_full_on_chinese_alpaca_is_a_plain_model_folder(shared_fixtures, tmp_pat
 
 def test_generation_stops_at_the_end_of_the_turn(shared_fixtures, tmp_path):
     """Trained on short answers, the model ends its turn by itself, long before the limit."""
-    lines = [f'{{"prompt": "Say {w}.", "completion": "{w}"}}' for w in ("yes", "no", "cat", "dog", "sun", "tea")]
+    lines = [
+        f'{{"prompt": "Say {w}.", "completion": "{w}"}}' for w in ("yes", "no", "cat", "dog", "sun", "tea")
+    ]
     data = tmp_path / "short.jsonl"
     data.write_text("\n".join(lines))
     run = tw.run(

@@ -79,7 +79,7 @@ def test_split_is_stable_and_about_one_in_six() -> None:
 
 def test_sources_have_their_sizes() -> None:
     assert sum(1 for _ in builtin.rows("pico-corpus-valid")) == 1_000
-    assert (len(_asked("train")), len(_asked("valid"))) == (2_400, 400)
+    assert (len(_asked("train")), len(_asked("valid"))) == (4_000, 400)
     assert next(iter(builtin.rows("pico-corpus"))) == {"text": _texts()[0]}
 
 
@@ -165,7 +165,7 @@ def test_questions_and_answers_are_clean() -> None:
 
 
 def test_families_have_equal_shares() -> None:
-    for split, each in (("train", 240), ("valid", 40)):
+    for split, each in (("train", 400), ("valid", 40)):
         shares = Counter(family for family, _, _ in _asked(split))
         assert shares == dict.fromkeys(instructions.FAMILIES, each)
 

@@ -33,7 +33,9 @@ def test_a_room_imports_only_from_rooms_above_it():
     wrong = []
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
-            wrong += [f"{path.relative_to(ROOT)} imports {n}" for n in imported(path) if level(n) > level(room)]
+            wrong += [
+                f"{path.relative_to(ROOT)} imports {n}" for n in imported(path) if level(n) > level(room)
+            ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -1,6 +1,7 @@
 """The one training loop, on a real model of two layers."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,17 +197,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_a_finished_run_is_not_trained_again(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    make_trainer(max_steps=4, save_every=2, lr=0.01).run()
-    again = make_trainer(max_steps=2, save_every=2, lr=0.01)
-    assert again.run().step == 2
+    first = make_trainer(max_steps=4, lr=0.01)
+    first.run()
+    again = make_trainer(max_steps=4, lr=0.01)
+    assert again.run().step == 4
     assert len(losses(tmp_path)) == 4
+    assert same(weights(again), weights(first))
 
 
 def test_checkpoints_are_kept_as_asked(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     make_trainer(max_steps=9, save_every=2, keep=2).run()
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step-00000006", "step-00000008"]
-    assert [event["step"] for event in logged(tmp_path, "checkpoint")] == [2, 4, 6, 8]
+    assert names == ["step-00000008", "step-00000009"]
+    assert [event["step"] for event in logged(tmp_path, "checkpoint")] == [2, 4, 6, 8, 9]
 
 
 # Held-out loss
@@ -270,6 +273,28 @@ def test_or_the_last_ones_where_that_is_asked(make_trainer: MakeTrainer, tmp_pat
     state = trainer.run()
     assert trainer.held_out_loss() == logged(tmp_path, "eval")[-1]["loss"] > state.best_loss
     assert logged(tmp_path, "restore") == []
+
+
+def test_a_run_that_stopped_early_ends_with_the_best_weights_when_started_again(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    first = make_trainer(early_stop=3, **FORGETS)
+    first.run()
+    steps = len(losses(tmp_path))
+    again = make_trainer(early_stop=3, **FORGETS)
+    again.run()
+    assert len(losses(tmp_path)) == steps
+    assert same(weights(again), weights(first))
+
+
+# The process
+
+
+def test_training_leaves_the_processs_arithmetic_as_it_was(make_trainer: MakeTrainer) -> None:
+    torch.set_flush_denormal(False)
+    assert sys.float_info.min / 2 > 0  # a subnormal number; flushed, it is 0
+    make_trainer(max_steps=1).run()
+    assert sys.float_info.min / 2 > 0
 
 
 # Memory

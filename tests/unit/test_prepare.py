@@ -47,7 +47,7 @@ def texts(codec: ChatCodec, data: Mixture) -> list[str]:
 
 
 def tables(cache: Path) -> list[Path]:
-    return [path for path in (cache / "tokens").rglob("*")] if (cache / "tokens").exists() else []
+    return list((cache / "tokens").rglob("*")) if (cache / "tokens").exists() else []
 
 
 # The cache
@@ -79,13 +79,14 @@ def test_a_changed_row_makes_a_new_table(tmp_path: Path, codec: ChatCodec) -> No
 
 def test_whatever_changes_the_tokens_makes_a_new_table(tmp_path: Path, codec: ChatCodec) -> None:
     source = Source(write(tmp_path / "d.jsonl", *pairs(3)))
+    turned = Source(source.path, columns=(("prompt", "completion"), ("response", "prompt")))
     made = [
         preparation(codec).table(source, "train", 0.0),
         preparation(codec, max_length=64).table(source, "train", 0.0),
         preparation(codec, on_bad_row="skip").table(source, "train", 0.0),
         preparation(codec).table(source, "train", 0.5),
         preparation(codec).table(source, "valid", 0.5),
-        preparation(codec).table(Source(source.path, columns=(("prompt", "completion"), ("response", "prompt"))), "train", 0.0),
+        preparation(codec).table(turned, "train", 0.0),
     ]  # fmt: skip
     assert len({table.folder for table in made}) == len(made)
 

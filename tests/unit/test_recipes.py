@@ -318,9 +318,11 @@ def test_two_stages_of_one_name() -> None:
 
 
 def test_a_stage_may_only_start_from_an_earlier_one() -> None:
-    assert refused(stages=[{"name": "first"}, {"name": "second", "model": "stage:frist"}]) == [
-        "model: stage 'second' starts from 'stage:frist', which is not an earlier stage; fix: did you mean 'first'?"
-    ]
+    (problem,) = refused(stages=[{"name": "first"}, {"name": "second", "model": "stage:frist"}])
+    assert problem == (
+        "model: stage 'second' starts from 'stage:frist', which is not an earlier stage; "
+        "fix: did you mean 'first'?"
+    )
     (problem,) = refused(stages=[{"name": "first", "model": "stage:second"}, {"name": "second"}])
     assert "starts from 'stage:second', which is not an earlier stage" in problem
 

@@ -10,6 +10,7 @@ from tunewright.recipes import TrainConfig
 from tunewright.train.schedule import rate
 
 SCHEDULES = ["constant", "linear", "cosine", "wsd"]
+SHARES = st.floats(0, 1)
 
 
 def rates(schedule: str, steps: int = 10, **settings: float) -> list[float]:
@@ -55,7 +56,7 @@ def test_a_single_step_has_the_whole_rate(schedule: str) -> None:
     assert rates(schedule, steps=1, warmup=0.03) == [1.0]
 
 
-@given(st.sampled_from(SCHEDULES), st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+@given(st.sampled_from(SCHEDULES), st.integers(1, 300), SHARES, SHARES)
 def test_every_rate_is_above_0_and_at_most_1(schedule: str, steps: int, warmup: float, decay: float) -> None:
     found = rates(schedule, steps, warmup=warmup, decay=decay)
     assert all(0.0 < factor <= 1.0 for factor in found)

@@ -1,7 +1,7 @@
 """The base of every ``Config``: frozen, unknown keys refused, problems told in the user's words."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,12 +34,21 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, be it one or a tuple of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
+
+
 def _fields_at(schema: type[BaseModel], loc: Iterable[str]) -> list[str]:
     """The options known at a place, following the models along the way."""
     for part in loc:
+        if part.isdigit():
+            continue
         field = schema.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
             return list(schema.model_fields)
         schema = inner
     return list(schema.model_fields)

@@ -55,7 +55,11 @@ def _import_file(qualified: str, source: Path) -> ModuleType:
         raise ImportError(f"{source} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[qualified] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[qualified]
+        raise
     return module
 
 

@@ -32,7 +32,7 @@ def human_seconds(seconds: float) -> str:
 def human_count(count: float) -> str:
     """``5_510_000`` -> ``'5.51 M'``."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= size:
+        if abs(count) >= size * 0.9995:  # what rounds to 1000 is 1 of the next unit
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f}"
 

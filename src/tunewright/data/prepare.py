@@ -11,7 +11,7 @@ import numpy as np
 
 from tunewright.core import store
 from tunewright.core.errors import DataError, Problem, nearest
-from tunewright.data import builtin, formats, lint
+from tunewright.data import builtin, formats, lint, readers
 from tunewright.data.rows import Row, Source
 from tunewright.data.tokens import Mixture, Sample, TokenTable, cache_folder, write
 from tunewright.recipes import DataConfig
@@ -68,9 +68,11 @@ class Preparation:
 
     def table(self, source: Source, split: str, share: float) -> TokenTable:
         """The file's token table: from the cache, else made now. DataError lists every bad row."""
-        facts = {"sha256": store.sha256_file(source.path), "format": source.format, "columns": source.columns,
-                 "tags": source.tags, "split": split, "share": share, "on_bad_row": self.on_bad_row,
-                 "version": _FORMAT_VERSION}  # fmt: skip
+        facts = {
+            "sha256": store.sha256_file(source.path), "format": source.format, "columns": source.columns,
+            "ending": readers.extension(source.path), "tags": source.tags, "split": split, "share": share,
+            "on_bad_row": self.on_bad_row, "version": _FORMAT_VERSION,
+        }  # fmt: skip
         folder = cache_folder() / "tokens" / store.sha256_json({**self.key, **facts})
         if not store.is_complete(folder):
             self._make(folder, source, split, share)

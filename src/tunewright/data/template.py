@@ -5,16 +5,23 @@ found in the rendered text: what a turn adds to the conversation before it, gene
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from tunewright.core import store
-from tunewright.core.errors import ModelError, Problem, nearest
+from tunewright.core.errors import DataError, ModelError, Problem, nearest
 from tunewright.data.rows import Message, Row
 
+_MARK = "\u2060tunewright\u2060"
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+
+
+Spans = list[tuple[int, int]]
+"""Half-open ranges of characters, in order."""
 
 
 class Tokens(NamedTuple):
@@ -84,6 +91,7 @@ class ChatCodec:
 
     def render(self, messages: tuple[Message, ...], tools: str = "", prompt: bool = False) -> str:
         """The conversation as text; with ``prompt`` it ends where the assistant begins to speak."""
+        self.require_template()
         turns = [{"role": m.role, "content": m.content} for m in messages]
         text = self.tokenizer.apply_chat_template(
             turns, tools=_tools(tools), tokenize=False, add_generation_prompt=prompt
@@ -96,31 +104,49 @@ class ChatCodec:
         return list(ids)
 
     def encode(self, row: Row) -> Tokens:
-        """A conversation's tokens, cut at ``max_length``."""
-        return self.encode_many([row])[0]
+        """A conversation's tokens, cut at ``max_length``; DataError if the template refuses it."""
+        tokens = self.encode_many([row])[0]
+        if isinstance(tokens, Problem):
+            raise DataError(tokens)
+        return tokens
 
-    def encode_many(self, rows: Sequence[Row]) -> list[Tokens]:
-        """Many conversations' tokens; the tokenizer works on all of them at once."""
-        if not rows:
-            return []
-        rendered = [self._text_and_spans(row) for row in rows]
-        texts = [text for text, _ in rendered]
-        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        cut = self.max_length
+    def encode_many(self, rows: Sequence[Row]) -> list[Tokens | Problem]:
+        """Many conversations' tokens, the tokenizer at work on all at once; a Problem for what it refuses."""
+        rendered = [self._rendered(row) for row in rows]
+        texts = [item[0] for item in rendered if not isinstance(item, Problem)]
+        encoding = self._tokenized(texts)
         return [
-            Tokens(ids[:cut], _inside(offsets[:cut], spans))
-            for (ids, offsets), (_, spans) in zip(pairs, rendered, strict=True)
+            item if isinstance(item, Problem) else self._cut(*next(encoding), item[1]) for item in rendered
         ]
 
-    def _text_and_spans(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+    def _rendered(self, row: Row) -> tuple[str, Spans] | Problem:
+        try:
+            return self._text_and_spans(row)
+        except TemplateError as error:
+            return Problem(
+                row.where, f"the chat template refuses the row: {error}", "change the row or template"
+            )
+        except DataError as error:
+            return error.problems[0]
+
+    def _tokenized(self, texts: list[str]) -> Iterator[tuple[list[int], Spans]]:
+        """For each text its token ids and their character offsets."""
+        if not texts:
+            return iter(())
+        encoding = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+
+    def _cut(self, ids: list[int], offsets: Spans, spans: Spans) -> Tokens:
+        return Tokens(ids[: self.max_length], _inside(offsets[: self.max_length], spans))
+
+    def _text_and_spans(self, row: Row) -> tuple[str, Spans]:
         """The rendered text and the half-open character spans that the assistant said."""
         if self._marks_generation:
             return self._marked(row)
         text = self.render(row.messages, row.tools)
         return text, self._found(row, text)
 
-    def _marked(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+    def _marked(self, row: Row) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         turns = [{"role": m.role, "content": m.content} for m in row.messages]
@@ -130,7 +156,7 @@ class ChatCodec:
         )  # fmt: skip
         return rendered[0], list(spans[0])
 
-    def _found(self, row: Row, text: str) -> list[tuple[int, int]]:
+    def _found(self, row: Row, text: str) -> Spans:
         spans, cursor = [], 0
         for i, message in enumerate(row.messages):
             if message.role != "assistant":
@@ -146,10 +172,14 @@ class ChatCodec:
         through = self.render(row.messages[: i + 1], row.tools)
         if text.startswith(through) and through.startswith(before):
             return len(before), len(before) + len(self._trim(through[len(before) :]))
-        # Some templates rewrite earlier turns (they drop old reasoning); then look for the words themselves.
-        content = row.messages[i].content.strip()
-        start = text.index(content, cursor)
-        end = start + len(content)
+        # Some templates rewrite earlier turns (they drop old reasoning); then see where a mark would stand.
+        marked = (*row.messages[:i], Message("assistant", _MARK), *row.messages[i + 1 :])
+        head, _, tail = self.render(marked, row.tools).partition(_MARK)
+        if not (text.startswith(head) and text.endswith(tail)):
+            raise DataError(
+                Problem(row.where, f"turn {i + 1} is not found in what the chat template makes of it")
+            )
+        start, end = len(head), len(text) - len(tail)
         ending = next((t for t in self._endings if text[end:].lstrip().startswith(t)), "")
         return start, text.index(ending, end) + len(ending)
 
@@ -167,7 +197,8 @@ class ChatCodec:
         """Tokens that end an answer: the tokenizer's end token and whatever the template ends a turn with."""
         stops = {self.tokenizer.eos_token_id} - {None}
         if self.has_template:
-            probe = self.encode(Row("", (Message("user", "a"), Message("assistant", "b"))))
+            whole = ChatCodec(self.tokenizer, max_length=1 << 30)
+            probe = whole.encode(Row("", (Message("user", "a"), Message("assistant", "b"))))
             last = max(i for i, said in enumerate(probe.learned) if said)
             if probe.ids[last] in self.tokenizer.all_special_ids or self._is_marker(probe.ids[last]):
                 stops.add(probe.ids[last])
@@ -189,7 +220,7 @@ def _tools(tools: str) -> Any:
     return json.loads(tools) if tools else None
 
 
-def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+def _inside(offsets: Spans, spans: Spans) -> list[int]:
     """1 for each token that begins within a span; ``offsets`` and ``spans`` are both in order."""
     learned, k = [], 0
     for start, end in offsets:

@@ -3,6 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Mixture(Sequence[Sample]):
     def _weighted(self, k: int, epoch: int) -> np.ndarray:
         own = np.arange(self._starts[k], self._starts[k + 1])
         whole, part = divmod(self.weights[k], 1.0)
-        picked = permutation(self.seed, f"weight-{k}", epoch, len(own))[: round(part * len(own))]
+        picked = permutation(self.seed, f"weight-{k}", epoch, len(own))[: ceil(round(part * len(own), 6))]
         return np.concatenate([np.tile(own, int(whole)), own[picked]])
 
     @property

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from tunewright.core.errors import ModelError, Problem
 from tunewright.models.load import ModelSource
 
 
@@ -18,11 +19,13 @@ def parameter_count(source: ModelSource) -> int | None:
 
 def _header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file (8 bytes of length, then JSON)."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(min(length, 100_000_000)))
-    header.pop("__metadata__", None)
-    return header
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+        return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (struct.error, ValueError, AttributeError):
+        raise ModelError(Problem(str(path), "not a safetensors file", "download it again")) from None
 
 
 def _size(shape: list[int]) -> int:

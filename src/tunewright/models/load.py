@@ -56,9 +56,12 @@ def find(name: str, trust_remote_code: bool = False) -> ModelSource:
 
 def _check_remote_code(config: Path, name: str, trusted: bool) -> None:
     try:
-        wants_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+        tree = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(Problem(str(config), f"not readable as JSON: {error}")) from None
+    if not isinstance(tree, dict):
+        raise ModelError(Problem(str(config), "not a JSON object, so it is no model's config"))
+    wants_code = "auto_map" in tree
     if wants_code and not trusted:
         what = f"{name} wants to run its own Python code"
         raise ModelError(Problem("model", what, "read that code, then set trust_remote_code: true"))
@@ -87,7 +90,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(Problem("model", f"{source.name} has no usable tokenizer: {error}")) from None
     if not tokenizer.is_fast:
         raise ModelError(
@@ -110,6 +113,7 @@ def load_model(source: ModelSource, precision: str = "fp32", random_weights: boo
 
     With ``random_weights`` it has the same architecture, freshly initialised.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _quiet()
@@ -122,7 +126,7 @@ def load_model(source: ModelSource, precision: str = "fp32", random_weights: boo
             model = AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=dtype, trust_remote_code=code, use_safetensors=True
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(Problem("model", f"{source.name} cannot be loaded: {error}")) from None
     return model.to(best_device())
 

@@ -29,7 +29,9 @@ class Sft(Objective):
             for row in some:
                 yield self._sample(row, next(tokens) if row.messages else None)
 
-    def _sample(self, row: Row, tokens: Tokens | None) -> Sample | Problem:
+    def _sample(self, row: Row, tokens: Tokens | Problem | None) -> Sample | Problem:
+        if isinstance(tokens, Problem):
+            return tokens
         if tokens is None:
             return Problem(row.where, "a plain text, but sft learns conversations", "use objective: pretrain")
         if not any(tokens.learned[1:]):

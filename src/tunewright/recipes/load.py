@@ -24,7 +24,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     Raises RecipeError with every problem of every stage.
     """
     tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
-    tree = _override(tree, _pairs(overrides))
+    tree = _override(_spelled_out(tree), _pairs(overrides))
     name = "run" if isinstance(source, Mapping) else Path(source).stem
     found: list[Problem] = []
     trees = _stage_trees(tree, found)
@@ -32,7 +32,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     run = {"output": tree.get("output", f"runs/{name}"), "logs": tree.get("logs") or ()}
     recipe = _validated(Recipe, {**run, "stages": ()}, "", found)
     good = [stage for stage in stages if stage]
-    _check_names(good, found)
+    wrong = {raw.get("name") for (raw, _), stage in zip(trees, stages, strict=True) if stage is None}
+    _check_names(good, wrong, found)
     if found or recipe is None:
         raise RecipeError(found, (raw for raw, _ in trees))
     return recipe.model_copy(update={"stages": tuple(good)})
@@ -80,8 +81,21 @@ def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
 
 def _override(tree: Tree, pairs: list[tuple[str, Any]]) -> Tree:
     for key, value in pairs:
-        tree = _set(tree, key.split("."), value, key)
+        tree = _spelled_out(_set(tree, key.split("."), value, key))
     return tree
+
+
+def _spelled_out(tree: Tree) -> Tree:
+    """The tree and its stages without shorthands, so that one can go inside or lay them over one another."""
+    long = dict(tree)
+    if isinstance(long.get("data"), (str, list)):
+        long["data"] = {"train": long["data"]}
+    for key in ("method", "objective"):
+        if isinstance(long.get(key), str):
+            long[key] = {"name": long[key]}
+    if isinstance(long.get("stages"), list):
+        long["stages"] = [_spelled_out(s) if isinstance(s, dict) else s for s in long["stages"]]
+    return long
 
 
 def _set(node: Any, path: list[str], value: Any, key: str) -> Any:
@@ -92,9 +106,7 @@ def _set(node: Any, path: list[str], value: Any, key: str) -> Any:
     if isinstance(node, list):
         index = _index(node, head, key)
         return [_set(item, rest, value, key) if i == index else item for i, item in enumerate(node)]
-    if isinstance(node, str):  # `method: lora` and `data: file` are shorthands; spell them out to go inside
-        node = {"train" if head in ("valid", "template", "max_length") else "name": node}
-    elif not isinstance(node, dict):
+    if not isinstance(node, dict):
         node = {}
     return {**node, head: _set(node.get(head), rest, value, key)}
 
@@ -172,21 +184,24 @@ def _plugin(room: str, choice: Tree, where: str, found: list[Problem]) -> Config
 def plugin_config(room: str, choice: Mapping[str, Any], where: str = "") -> Config:
     """The plugin's own ``Config`` from ``{name: ..., options}``; RecipeError names each wrong option."""
     try:
-        schema: type[Config] = plugins.load(room, choice["name"]).Config
+        module = plugins.load(room, choice["name"])
     except RecipeError as error:
         raise RecipeError([Problem(f"{where}.name", p.what, p.fix) for p in error.problems]) from None
+    schema = getattr(module, "Config", None)
+    if not (isinstance(schema, type) and issubclass(schema, Config)):
+        raise RecipeError(Problem(str(module.__file__), "a plugin has a Config beside its class, found none"))
     try:
         return schema.model_validate({k: v for k, v in choice.items() if k != "name"})
     except ValidationError as error:
         raise RecipeError(problems(error, schema, where)) from None
 
 
-def _check_names(stages: list[Stage], found: list[Problem]) -> None:
+def _check_names(stages: list[Stage], wrong: set[Any], found: list[Problem]) -> None:
     seen: list[str] = []
     for stage in stages:
         if stage.name in seen:
             found.append(Problem("stages", f"two stages are called {stage.name!r}", "give each a `name`"))
-        if stage.model.startswith("stage:") and stage.model[6:] not in seen:
+        if stage.model.startswith("stage:") and stage.model[6:] not in {*seen, *wrong}:
             what = f"stage {stage.name!r} starts from {stage.model!r}, which is not an earlier stage"
             found.append(Problem("model", what, nearest(stage.model[6:], seen) if seen else ""))
         seen.append(stage.name)

@@ -86,7 +86,7 @@ class TrainConfig(Config):
     """Evaluations without improvement after which training ends; 0 is never."""
     restore_best: bool = True
     """End with the weights of the lowest held-out loss, where eval_every measured several."""
-    save_every: int = Field(0, ge=0)
+    save_every: int = Field(200, ge=0)
     """Steps between checkpoints; 0 is only at the end."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept (the best is kept besides)."""

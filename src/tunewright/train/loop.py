@@ -44,6 +44,7 @@ class Trainer:
         self.plan = BatchPlan(self.data.epoch, self.data.lengths, budget, seed)
         self.steps = self.config.max_steps or self.plan.steps(self.config.epochs)
         self.state = TrainState()
+        self._saved = 0
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +54,13 @@ class Trainer:
 
     def run(self) -> TrainState:
         """Train to the end (or to an early stop), restore the best weights, return the final state."""
+        torch.set_flush_denormal(True)
+        try:
+            return self._run()
+        finally:
+            torch.set_flush_denormal(False)
+
+    def _run(self) -> TrainState:
         self._resume()
         self._prepare()
         began, before = time.monotonic(), self.state.seconds
@@ -63,20 +71,23 @@ class Trainer:
             self._step(indices)
             self.state.seconds = before + time.monotonic() - began
             self._after_step()
+        if self._saved != self.state.step:
+            self._save()
         self._restore_best()
         return self.state
 
     def _resume(self) -> None:
         restored = self.checkpoints.restore(self.optimizer)
         if restored:
-            self.state = restored
+            self.state, self._saved = restored, restored.step
             self.log.emit("resume", step=restored.step)
 
     def _prepare(self) -> None:
-        torch.set_flush_denormal(True)
         self.model.train()
         if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
             self.model.enable_input_require_grads()
         if self.config.compile:
             regional_compile.apply(self.model)
@@ -153,7 +164,8 @@ class Trainer:
     def _emit_step(self, loss: float, norm: float, factor: float, metrics: dict[str, float]) -> None:
         tokens = self.state.tokens - self._tokens_before
         self.log.emit(
-            "step", step=self.state.step, steps=self.steps, loss=loss, grad_norm=norm,
+            "step", step=self.state.step, steps=self.steps, loss=loss,
+            grad_norm=norm if np.isfinite(norm) else None,
             lr=self.optimizer.lr * factor, tokens=self.state.tokens, memory=peak_memory_bytes(),
             tokens_per_second=tokens / max(1e-9, time.monotonic() - self._began), **metrics,
         )  # fmt: skip
@@ -166,9 +178,13 @@ class Trainer:
             self.log.emit("eval", step=step, loss=loss, best=best)
             if best and every.restore_best:
                 self.checkpoints.save_best(self.optimizer, self.state)
-        if every.save_every and step % every.save_every == 0 and step < self.steps:
-            path = self.checkpoints.save(self.optimizer, self.state)
-            self.log.emit("checkpoint", step=step, path=path.name)
+        if every.save_every and step % every.save_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        path = self.checkpoints.save(self.optimizer, self.state)
+        self._saved = self.state.step
+        self.log.emit("checkpoint", step=self.state.step, path=path.name)
 
     def _restore_best(self) -> None:
         """Without ``eval_every`` nothing was measured, and the last weights are the result."""

@@ -44,7 +44,8 @@ class MasterAdamW:
         return norm
 
     def _not_finite(self) -> list[str]:
-        grads = {n: m.grad for n, m in self.masters.items() if m.grad is not None}
+        # Not the masters': clipping by a norm that is NaN has made all of those NaN.
+        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         return [n for n, grad in grads.items() if not bool(torch.isfinite(grad).all())]
 
     @torch.no_grad()
