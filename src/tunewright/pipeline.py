@@ -21,6 +21,8 @@ from tunewright.train.loop import Trainer
 from tunewright.train.state import TrainState
 
 Tree = dict[str, Any]
+_TOLD = 20
+"""Rows left out that are told during a run; the token table, results and report have them all."""
 Source = str | Path | Mapping[str, Any]
 
 
@@ -130,6 +132,9 @@ class _Runner:
         store.write_json(at / "inputs.json", job.inputs())
         if job.earlier:
             job = jobs.with_source(job, self._result_of(job))
+        left_out = [str(problem) for problem in (*job.data.problems, *job.valid.problems)]
+        if left_out:
+            self.log.emit("skipped", count=len(left_out), rows=left_out[:_TOLD])
         metrics = _StageRun(job, at, self.log, drifted).run()
         store.write_json(at / "metrics.json", metrics)
         self.results[name] = metrics

@@ -110,9 +110,12 @@ def test_bad_rows_stop_the_run_or_are_listed(tunewright, recipe, data, tmp_path)
     assert f"{data}:31:" in err
     assert f"{data}:32:" in err
     assert not (tmp_path / "run").exists()
-    code, out, _ = tunewright("run", recipe, "data.on_bad_row=skip", "--json")
+    code, _, err = tunewright("run", recipe, "data.on_bad_row=skip")
     assert code == 0
-    skipped = json.loads(out)["results"]["stages"][0]["data"]["train"]["skipped"]
+    assert "left out" in err
+    assert f"  {data}:31: " in err
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    skipped = results["stages"][0]["data"]["train"]["skipped"]
     assert [s.split(": ")[0] for s in skipped] == [f"{data}:31", f"{data}:32"]
 
 

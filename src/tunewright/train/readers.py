@@ -46,6 +46,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "train": lambda e: (
         f"training {e['samples']} samples for {e['steps']} steps ({e['padding_share']:.1%} padding)"
     ),
+    "skipped": lambda e: f"left out {e['count']} rows, among them:\n  " + "\n  ".join(e["rows"]),
     "measure": lambda e: f"{e['when']}: {_scores(e)}",
     "eval": lambda e: f"step {e['step']}: held-out loss {e['loss']:.4f}{' (best)' if e['best'] else ''}",
     "resume": lambda e: f"resumed from the checkpoint of step {e['step']}",

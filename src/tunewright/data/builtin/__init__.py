@@ -9,7 +9,7 @@ from tunewright.data.builtin.corpus import documents
 
 __all__ = ["SOURCES", "rows", "version"]
 
-CORPUS_SIZE = 420_000  # documents
+CORPUS_SIZE = 400_000  # documents
 CORPUS_VALID_SIZE = 1_000
 DEMO_TRAIN_SIZE = 4_000  # rows
 DEMO_VALID_SIZE = 400

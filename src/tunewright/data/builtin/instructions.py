@@ -191,7 +191,7 @@ def _rewrite(rng: random.Random, lang: str, held_out: bool) -> Asked:
 
 
 def _story(rng: random.Random, lang: str, held_out: bool) -> Asked:
-    told = scene(rng, lang, held_out, 2 + int(rng.random() * 2))
+    told = scene(rng, lang, held_out, 2)
     style = pick(rng, ("have", "have", "place", "both"))
     asked = pick(rng, ASKED_OF[style])
     child, place = pick(rng, told)

@@ -15,9 +15,10 @@ from tunewright.data.builtin.split import is_held_out
 Item = TypeVar("Item")
 Pairs = tuple[tuple[int, int], ...]
 
-TOP_OPERAND = 49
+TOP_NUMBER = 99
+TOP_OPERAND = 9
 TOP_TERM = 100
-TOP_STEP = 10
+TOP_STEP = 5
 TERMS = 6
 
 
@@ -153,22 +154,21 @@ def addition_key(a: int, b: int) -> str:
 
 @functools.cache
 def additions(held_out: bool) -> Pairs:
-    """Operands (a, b), each 0 to 49."""
-    span = range(TOP_OPERAND + 1)
-    pairs = itertools.product(span, span)
+    """Operands (a, b) with b of one digit and a sum of at most 99."""
+    pairs = ((a, b) for a in range(TOP_NUMBER + 1) for b in range(TOP_OPERAND + 1) if a + b <= TOP_NUMBER)
     return tuple(pair for pair in pairs if is_held_out(addition_key(*pair)) == held_out)
 
 
 @functools.cache
 def subtractions(held_out: bool) -> Pairs:
-    """Operands (a, b) with 0 <= b <= a <= 49."""
-    pairs = ((a, b) for a in range(TOP_OPERAND + 1) for b in range(a + 1))
+    """Operands (a, b) with b of one digit and b <= a <= 99."""
+    pairs = ((a, b) for a in range(TOP_NUMBER + 1) for b in range(TOP_OPERAND + 1) if b <= a)
     return tuple((a, b) for a, b in pairs if is_held_out(f"sub:{a}:{b}") == held_out)
 
 
 @functools.cache
 def sequences(held_out: bool) -> Pairs:
-    """(start, step) of six terms within 0 to 100; the step is 1 to 10, or as much below 0."""
+    """(start, step) of six terms within 0 to 100; the step is 1 to 5, or as much below 0."""
     reach = TERMS - 1
     rising = ((a, s) for s in range(1, TOP_STEP + 1) for a in range(TOP_TERM - reach * s + 1))
     falling = ((a, -s) for s in range(1, TOP_STEP + 1) for a in range(reach * s, TOP_TERM + 1))
