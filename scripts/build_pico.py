@@ -113,7 +113,8 @@ Loss on held-out documents, in nats per token:
 
 ## What it cannot do
 It continues text; it follows no instructions and holds no conversation until it is fine-tuned. It knows some
-hundred countries, fifty chemical elements and a few hundred words, sums below two hundred, and nothing else.
+hundred countries, fifty chemical elements and a few hundred words, adds and subtracts one digit below one
+hundred, and nothing else.
 Its facts are fixed at the time of writing. It has not been made safe, and it is not meant for any use but
 learning and testing.
 """

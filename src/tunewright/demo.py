@@ -11,7 +11,7 @@ RECIPE: dict[str, Any] = {
     "method": {"name": "lora", "rank": 16},
     "objective": "sft",
     "data": {"train": "builtin:demo-train", "valid": "builtin:demo-valid"},
-    "train": {"epochs": 6, "lr": 2.0e-3, "tokens_per_batch": 2048},
+    "train": {"epochs": 3, "lr": 2.0e-3, "tokens_per_batch": 2048},
     "evaluate": {"max_new_tokens": 32},
 }
 

@@ -81,7 +81,7 @@ class Preparation:
     def _make(self, folder: Path, source: Source, split: str, share: float) -> None:
         tally = lint.Tally()
         checked = lint.check(formats.read(source))
-        kept = tally.watch(row for row in checked if isinstance(row, Problem) or _side(row, share) == split)
+        kept = tally.watch(row for row in checked if _side(row, share) == split)
         origin = {"path": str(source.path), "sha256": store.sha256_file(source.path)}
         write(folder, self._samples(source, kept), lambda: {**origin, **tally.facts()})
 
@@ -115,8 +115,13 @@ def _digest(row: Row) -> int:
     return int.from_bytes(hashlib.sha256(words).digest()[:8], "little")
 
 
-def _side(row: Row, share: float) -> str:
-    """``valid`` for a share of rows. Equal rows fall on the same side, so none leaks across."""
+def _side(row: Row | Problem, share: float) -> str:
+    """``valid`` for a share of rows, ``train`` for the others and for all problems, so that each is told once.
+
+    Equal rows fall on the same side, so none leaks across.
+    """
+    if isinstance(row, Problem):
+        return "train"
     return "valid" if _digest(row) < share * 2**64 else "train"
 
 
@@ -150,7 +155,7 @@ def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixt
                 tables.append(preparation.table(source, split, part))
                 weights.append(source.weight)
             except DataError as error:
-                problems += [p for p in error.problems if p not in problems]
+                problems += error.problems
         made.append(Mixture(tables, weights, seed))
     if problems:
         raise DataError(problems)
