@@ -228,7 +228,7 @@ def test_a_wrong_value_says_what_was_found() -> None:
     ]
 
 
-@pytest.mark.parametrize("method", [4, {"rank": 4}, ["lora"]])
+@pytest.mark.parametrize("method", [4, {"name": 4}, ["lora"]])
 def test_a_method_without_a_name(method: Any) -> None:
     (problem,) = refused(method=method)
     assert problem.startswith("method: ")
@@ -420,3 +420,9 @@ def test_the_schema_takes_the_short_forms() -> None:
     schema = schema_json()
     assert {"type": "string"} in schema["properties"]["data"]["anyOf"]
     assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]
+
+
+def test_options_without_a_name_are_the_default_methods() -> None:
+    recipe = load({"model": "builtin:pico", "data": "a.jsonl"}, ["method.rank=4"])
+    assert recipe.stages[0].method["name"] == "lora"
+    assert recipe.stages[0].method["rank"] == 4

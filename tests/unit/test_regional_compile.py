@@ -9,7 +9,7 @@ from tunewright.fast import regional_compile
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("default")  # torch._dynamo looks at .grad of what it traces, and warns itself
 def test_loss_and_gradients_equal_the_plain_path(make_model):
     ids = torch.arange(24).reshape(2, 12) % 50
     found = []

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
-from tunewright.recipes.schema import Recipe, Stage
+from tunewright.recipes.schema import Recipe, Stage, as_choice
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -161,8 +161,7 @@ def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
     stage = _validated(Stage, tree, where, found)
     update: Tree = {}
     for room, key in (("methods", "method"), ("objectives", "objective")):
-        raw = tree.get(key, Stage.model_fields[key].default)
-        choice = {"name": raw} if isinstance(raw, str) else raw
+        choice = as_choice(tree.get(key, {}), key)
         if not isinstance(choice, dict) or not isinstance(choice.get("name"), str):
             continue  # already a problem of the stage itself
         config = _plugin(room, choice, f"{where}.{key}" if where else key, found)

@@ -109,12 +109,19 @@ class EvaluateConfig(Config):
     """Answers shown side by side in the report."""
 
 
-def _as_choice(value: Any) -> Any:
-    """``method: lora`` is short for ``method: {name: lora}``."""
+CHOSEN = {"method": "lora", "objective": "sft"}
+"""What a stage that names no method or objective has."""
+
+
+def as_choice(value: Any, key: str) -> Any:
+    """``method: full`` is short for ``method: {name: full}``; a mapping without a name is the default's."""
+    if isinstance(value, dict):
+        return {"name": CHOSEN[key], **value}
     return {"name": value} if isinstance(value, str) else value
 
 
-Choice = Annotated[dict[str, Any], BeforeValidator(_as_choice)]
+Method = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "method"))]
+Objective = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "objective"))]
 
 
 def as_data(value: Any) -> Any:
@@ -134,9 +141,9 @@ class Stage(Config):
     """builtin:pico, a Hugging Face folder, a hub id, or stage:NAME for an earlier stage's result."""
     data: Data
     """What to learn from."""
-    method: Choice = {"name": "lora"}
+    method: Method = {"name": CHOSEN["method"]}
     """What is trained; ``name`` and that method's own options."""
-    objective: Choice = {"name": "sft"}
+    objective: Objective = {"name": CHOSEN["objective"]}
     """What is minimised; ``name`` and that objective's own options."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 holds weights in bf16 with fp32 masters of what is trained; fp16 needs a GPU."""
