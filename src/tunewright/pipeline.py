@@ -236,7 +236,7 @@ class _StageRun:
         """The artifact: weights, tokenizer with its template, model card; and its size into the metrics."""
         stage, method = self.job.stage, self.job.method
         facts = {
-            "method": stage.method["name"], "base": self.job.source.name, "precision": stage.precision,
+            "method": stage.method["name"], "base": self.job.source.reference, "precision": stage.precision,
             "base_sha256": metrics["lineage"]["base_sha256"], "trust_remote_code": stage.trust_remote_code,
             "max_length": self.job.codec.max_length,
         }  # fmt: skip

@@ -25,6 +25,13 @@ class ModelSource:
     trust_remote_code: bool = False
 
     @property
+    def reference(self) -> str:
+        """What finds it again from any working directory: a folder as an absolute path, else the name."""
+        return (
+            self.name if self.name.startswith("builtin:") or not self.folder else str(self.folder.resolve())
+        )
+
+    @property
     def folder(self) -> Path | None:
         """The local folder, if it is one."""
         return Path(self.path) if Path(self.path).is_dir() else None
