@@ -134,8 +134,13 @@ def terminal(quiet: bool) -> Iterator[Terminal]:
     if quiet or not console.is_terminal:
         yield Silent() if quiet else Lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total}"),
-               TextColumn("{task.fields[note]}"), TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=8),  # eighty columns must hold the rest
+        TextColumn("{task.completed:.0f}/{task.total}"),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(compact=True),
+    )
     with Progress(*columns, console=console) as progress:
         yield Bar(progress)
 
