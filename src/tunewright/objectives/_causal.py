@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunewright.objectives import Batch, Sample
+from tunewright.objectives import Batch, Objective, Sample
 
 IGNORED = -100
 
@@ -27,18 +27,23 @@ def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
     return {"input_ids": torch.from_numpy(ids_BT), "labels": torch.from_numpy(labels_BT)}
 
 
-def supervised(batch: Batch) -> float:
-    """Number of tokens with a label."""
-    return float((batch["labels"] != IGNORED).sum())
+class Causal(Objective):
+    """Next-token cross-entropy wherever a sample's ``learned`` says so; a subclass says what samples are."""
 
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Right-padded ``input_ids`` and shifted ``labels`` [B, T]."""
+        return pad(samples, self.codec.pad_id)
 
-def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Mean cross-entropy in nats over the labelled positions.
+    def weight(self, batch: Batch) -> float:
+        """Supervised tokens."""
+        return float((batch["labels"] != IGNORED).sum())
 
-    No attention mask is given: with right padding under causal attention no real token sees a padded one.
-    """
-    logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
-    labels_BT = batch["labels"]
-    kept = labels_BT != IGNORED
-    loss = F.cross_entropy(logits_BTV[kept].float(), labels_BT[kept])
-    return loss, {}
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy in nats per supervised token.
+
+        No attention mask is given: with right padding under causal attention no real token sees a padded one.
+        """
+        logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
+        labels_BT = batch["labels"]
+        kept = labels_BT != IGNORED
+        return F.cross_entropy(logits_BTV[kept].float(), labels_BT[kept]), {}

@@ -1,17 +1,16 @@
 """Causal language modelling on running text, packed into full blocks (Radford 2018; Brown et al. 2020)."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
 
 from tunewright.core.config import Config as BaseConfig
 from tunewright.core.errors import Problem
 from tunewright.core.units import chunks
 from tunewright.data.rows import Row
-from tunewright.objectives import Batch, Objective, Sample, _causal
+from tunewright.objectives import Sample
+from tunewright.objectives._causal import Causal
 
 
 class Config(BaseConfig):
@@ -21,7 +20,7 @@ class Config(BaseConfig):
     """Tokens in a packed block; at most data.max_length."""
 
 
-class Pretrain(Objective):
+class Pretrain(Causal):
     """Texts, each ended by the end token, follow one another in blocks of equal length.
 
     As in GPT-3, attention may reach into the text before within a block; the end token tells them apart.
@@ -49,18 +48,6 @@ class Pretrain(Objective):
             texts = [row.text or self.codec.render(row.messages, row.tools) for row in some]
             encoded = self.codec.tokenizer(texts, add_special_tokens=False)["input_ids"]
             yield np.array([token for ids in encoded for token in ids + end], np.int32)
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Right-padded ``input_ids`` and shifted ``labels`` [B, T]."""
-        return _causal.pad(samples, self.codec.pad_id)
-
-    def weight(self, batch: Batch) -> float:
-        """Predicted tokens."""
-        return _causal.supervised(batch)
-
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Mean cross-entropy per token, in nats."""
-        return _causal.next_token_loss(model, batch)
 
 
 def _block(ids: np.ndarray) -> Sample:

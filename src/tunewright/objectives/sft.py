@@ -1,24 +1,23 @@
 """Supervised fine-tuning: next-token cross-entropy on the assistant's words only (Ouyang et al. 2022)."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from torch import Tensor
 
 from tunewright.core.config import Config as BaseConfig
 from tunewright.core.errors import Problem
 from tunewright.core.units import chunks
 from tunewright.data.rows import Row
 from tunewright.data.template import Tokens
-from tunewright.objectives import Batch, Objective, Sample, _causal
+from tunewright.objectives import Sample
+from tunewright.objectives._causal import Causal
 
 
 class Config(BaseConfig):
     """Supervised fine-tuning has no options of its own."""
 
 
-class Sft(Objective):
+class Sft(Causal):
     """Learns the assistant turns of conversations; everything else is context."""
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
@@ -38,15 +37,3 @@ class Sft(Objective):
             what = f"no assistant token is left within max_length {self.codec.max_length}"
             return Problem(row.where, what, "raise data.max_length or shorten the row")
         return {"input_ids": np.array(tokens.ids, np.int32), "learned": np.array(tokens.learned, np.uint8)}
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Right-padded ``input_ids`` and shifted ``labels`` [B, T]."""
-        return _causal.pad(samples, self.codec.pad_id)
-
-    def weight(self, batch: Batch) -> float:
-        """Supervised tokens."""
-        return _causal.supervised(batch)
-
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Mean cross-entropy per supervised token, in nats."""
-        return _causal.next_token_loss(model, batch)
