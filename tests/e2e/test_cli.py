@@ -175,11 +175,17 @@ def test_evaluate_chat_and_export(tunewright, recipe, data, tmp_path, tiny_model
 
 
 def test_chat_keeps_the_conversation_until_new(tunewright, monkeypatch, tiny_model_folder):
-    asked = iter(["Hello", "", "/new", "Again", "/quit"])
+    asked = iter(["Hello", "", "Again", "/new", "Again", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
     code, out, _ = tunewright("chat", tiny_model_folder, "--max-new-tokens", 3)
     assert code == 0
-    assert len(out.splitlines()) >= 2
+    reply = tw.load(str(tiny_model_folder)).reply
+    hello, again = Message("user", "Hello"), Message("user", "Again")
+    first = reply((hello,), 3)
+    second = reply((hello, Message("assistant", first), again), 3)
+    afresh = reply((again,), 3)
+    assert second != afresh  # else the test could not tell a kept conversation from a forgotten one
+    assert out.partition("\n")[2] == f"{first}\n{second}\n{afresh}\n"
 
 
 def test_an_unfinished_run_cannot_talk(tunewright, tmp_path):
