@@ -1,10 +1,10 @@
-# Five words: make setup, demo, test, check, bench. Each creates .venv and installs what it needs.
+# Six words: make setup, demo, test, check, faults, bench. Each creates .venv and installs what it needs.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := torch==2.13.0
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check faults bench clean
 
 setup: .venv/.installed
 
@@ -30,6 +30,11 @@ check: .venv/.installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_imports.py
+
+# The page is written also when a row falls short: it says so then.
+faults: .venv/.installed-test
+	TUNEWRIGHT_FAULTS=long TUNEWRIGHT_FAULTS_JSON=.venv/faults.jsonl $(BIN)/python -m pytest tests/faults; \
+	$(BIN)/python tests/faults/document.py .venv/faults.jsonl docs
 
 bench: .venv/.installed-test
 	$(BIN)/python benchmarks/train_speed.py

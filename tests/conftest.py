@@ -125,7 +125,6 @@ def make_trainer(
     from tunewright.data.template import ChatCodec
     from tunewright.objectives.sft import Config, Sft
     from tunewright.recipes import TrainConfig, plugin_config
-    from tunewright.train.checkpoint import Checkpoints
     from tunewright.train.loop import Trainer
 
     logs: list[EventLog] = []
@@ -149,7 +148,7 @@ def make_trainer(
         return Trainer(
             model, Sft(Config(), ChatCodec(tokenizer)), make_mixture(talks),
             make_mixture(valid, "valid") if valid else (), config, precision, logs[-1],
-            Checkpoints(tmp_path / folder / "checkpoints", config.keep), chosen.default_lr,
+            tmp_path / folder, chosen.default_lr,
         )  # fmt: skip
 
     yield make

@@ -70,10 +70,7 @@ def run(
     from tunewright import pipeline
 
     loaded = pipeline.load(recipe, overrides or [])
-    try:
-        finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift)
-    except KeyboardInterrupt:
-        raise InterruptedRunError("stopped; the same command goes on from the last checkpoint") from None
+    finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift)
     if as_json:
         _say({"run": str(finished.folder), "status": "finished", "results": finished.results})
     else:
@@ -167,6 +164,23 @@ def export(
     _say(result) if as_json else typer.echo(f"Wrote {result['out']}" + examine.difference_line(result))
 
 
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="Run folder; without it, this machine.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify every hash in a run folder and say what can be resumed. Exit code 1 if anything is damaged."""
+    from tunewright import doctor as doctors
+
+    if run is None:
+        here = doctors.environment()
+        _say(here) if as_json else typer.echo("\n".join(doctors.environment_lines(here)))
+        return
+    found = doctors.examine(run)
+    _say(found.to_json()) if as_json else typer.echo("\n".join(found.lines()))
+    raise typer.Exit(1 if found.damaged else 0)
+
+
 @app.command("list")
 def list_(what: Listed, as_json: Json = False) -> None:
     """List methods, objectives, models, templates or data; or print the recipe's JSON schema."""
@@ -192,7 +206,7 @@ def _show_problems(problems: list[str], show: Callable[[str], None]) -> None:
         show(f"... and {len(problems) - _SHOWN_PROBLEMS} more problems")
 
 
-def _report(error: TunewrightError) -> None:
+def _report(error: TunewrightError | InterruptedRunError) -> None:
     problems = [str(p) for p in error.problems] if isinstance(error, UserError) else [str(error)]
     if "--json" in sys.argv:
         _say({"status": "failed", "problems": problems})
@@ -204,6 +218,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         app()
-    except TunewrightError as error:
+    except (TunewrightError, InterruptedRunError) as error:
         _report(error)
         sys.exit(error.exit_code)

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunewright import methods, objectives
-from tunewright.core import store
+from tunewright.core import machine, store
 from tunewright.core.errors import HardwareError, ModelError, Problem, UserError
+from tunewright.core.paths import folder_to_make
 from tunewright.core.units import human_bytes
 from tunewright.data import lint, prepare
 from tunewright.data.rows import Row
@@ -48,15 +49,18 @@ class Job:
         return {
             **stage,
             "base_sha256": fingerprint(self.source),
+            "tokenizer_sha256": store.sha256_json(self.codec.tokenizer.backend_tokenizer.to_str()),
             "template_sha256": store.sha256_json(self.codec.tokenizer.chat_template or ""),
             "data_sha256": [table.facts["sha256"] for table in self.data.tables],
             "valid_sha256": [table.facts["sha256"] for table in self.valid.tables],
+            "versions": machine.versions(),
+            "machine": machine.identity(),
         }
 
 
 def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[Job]:
     """The recipe's jobs, data tokenized. UserError with every problem of model, data and machine."""
-    found: list[Problem] = list(readers.missing(recipe.logs))
+    found = [*readers.missing(recipe.logs), *_output_problems(recipe.output)]
     jobs: dict[str, Job] = {}
     for stage in recipe.stages:
         job = _job(stage, jobs, progress, found)
@@ -65,6 +69,14 @@ def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[
     if found:
         raise UserError(dict.fromkeys(found))
     return list(jobs.values())
+
+
+def _output_problems(output: str) -> tuple[Problem, ...]:
+    try:
+        folder_to_make(output, "output")
+    except UserError as error:
+        return error.problems
+    return ()
 
 
 def look(trees: Iterable[dict[str, Any]]) -> list[Problem]:

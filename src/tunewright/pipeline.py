@@ -1,12 +1,13 @@
 """Run a recipe: check all of it, then train, measure and save each stage, then report."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from tunewright import jobs, methods, recipes
-from tunewright.core import events, machine, store
-from tunewright.core.errors import DriftError, Problem, RecipeError, UserError
+from tunewright import drifts, jobs, methods, recipes
+from tunewright.core import events, journal, lock, machine, paths, store
+from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.prepare import statistics
 from tunewright.evaluate import card, report
@@ -15,8 +16,7 @@ from tunewright.jobs import Job
 from tunewright.models.load import ModelSource, find, fingerprint, load_model
 from tunewright.recipes import Recipe, to_yaml
 from tunewright.runs import Run
-from tunewright.train import readers
-from tunewright.train.checkpoint import Checkpoints
+from tunewright.train import guard, readers
 from tunewright.train.loop import Trainer
 from tunewright.train.state import TrainState
 
@@ -37,78 +37,69 @@ def load(source: Source, overrides: Iterable[str] | Mapping[str, Any] = ()) -> R
 def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: bool = False) -> Run:
     """Everything the recipe says; running it again reuses what is finished and resumes what is not.
 
-    Raises UserError with all problems before any compute; the run folder is untouched then.
+    Raises UserError with all problems before any compute; the run folder is untouched then. A signal ends the
+    run with InterruptedRunError, a full disk with StorageError: what was finished stays.
     """
-    folder = Path(recipe.output)
-    with readers.terminal(quiet) as terminal:
+    with guard.Preemption() as preemption, readers.terminal(quiet) as terminal, ExitStack() as owned:
         for stage in recipe.stages:
             if stage.trust_remote_code:
                 terminal({"kind": "remote-code", "model": stage.model})
         todo = jobs.check(recipe, terminal.preparing)
-        if fresh:
+        folder = paths.given(recipe.output, "output")
+        owned.enter_context(lock.sole_owner(folder))
+        if fresh and _is_begun(folder):
             _move_aside(folder)
-        drift = _drift(folder, todo, allow_drift)
+            owned.enter_context(lock.sole_owner(folder))
+        store.recover(folder)
+        drift = drifts.between(folder, todo, allow_drift)
         log = events.EventLog(folder / "events.jsonl", terminal, *readers.named(recipe.logs, folder))
         try:
-            return _Runner(recipe, folder, log, drift).run(todo)
+            return _Runner(recipe, folder, log, drift, preemption).run(todo)
         finally:
             log.close()
 
 
+def _is_begun(folder: Path) -> bool:
+    return any(path.name != lock.OWNER for path in folder.iterdir())
+
+
 def _move_aside(folder: Path) -> None:
     """Keep an older run under the next free number."""
-    if folder.exists():
-        taken = (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10_000))
-        folder.rename(next(path for path in taken if not path.exists()))
-
-
-def _stage_folder(folder: Path, job: Job) -> Path:
-    return folder / "stages" / job.stage.name
-
-
-def _drift(folder: Path, todo: list[Job], allow: bool) -> dict[str, list[str]]:
-    """By stage, every input that differs from those the folder was begun with; DriftError unless allowed."""
-    found: dict[str, list[Problem]] = {}
-    for job in todo:
-        path = _stage_folder(folder, job) / "inputs.json"
-        if path.exists():
-            found[job.stage.name] = _differences(job.stage.name, store.read_json(path), job.inputs())
-    problems = [problem for some in found.values() for problem in some]
-    if problems and not allow:
-        raise DriftError(problems)
-    return {name: [f"{p.where}: {p.what}" for p in some] for name, some in found.items() if some}
-
-
-def _differences(stage: str, old: Any, new: Any, at: str = "") -> list[Problem]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [p for k in keys for p in _differences(stage, old.get(k), new.get(k), f"{at}.{k}".lstrip("."))]
-    if old == new:
-        return []
-    fix = "give another output=FOLDER, start over with --fresh, or insist with --allow-drift"
-    return [Problem(f"{stage}: {at}", f"the run was begun with {old!r}, now it is {new!r}", fix)]
+    taken = (folder.with_name(f"{folder.name}.{n}") for n in range(1, 10_000))
+    folder.rename(next(path for path in taken if not path.exists()))
 
 
 class _Runner:
     """The jobs of one recipe, one after another, in one folder."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, log: events.EventLog, drift: dict[str, list[str]]
+        self,
+        recipe: Recipe,
+        folder: Path,
+        log: events.EventLog,
+        drift: drifts.Drift,
+        preemption: guard.Preemption,
     ) -> None:
         self.recipe, self.folder, self.log, self.drift = recipe, folder, log, drift
+        self.preemption = preemption
         self.results: dict[str, Tree] = {}
 
     def run(self, todo: list[Job]) -> Run:
         store.write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
         self._manifest("running")
+        if lost := journal.damaged(self.folder / "events.jsonl"):
+            self.log.emit(
+                "damaged", what=f"{self.folder / 'events.jsonl'}: {lost} lines; curves may have a gap"
+            )
         try:
             for job in todo:
                 self._stage(job)
         except BaseException as error:
-            self._manifest("stopped", reason=type(error).__name__)
+            with suppress(StorageError):  # the disk may be what stopped it
+                self._manifest("stopped", reason=type(error).__name__)
             raise
         results = {"run": self.folder.name, "status": "finished", "stages": list(self.results.values())}
-        store.write_json(self.folder / "results.json", results)
+        store.write_record(self.folder / "results.json", results)
         report.write(self.folder)
         self._manifest("finished")
         self.log.emit(
@@ -118,36 +109,55 @@ class _Runner:
 
     def _manifest(self, status: str, **facts: Any) -> None:
         facts |= {"status": status, "versions": machine.versions(), "hardware": machine.hardware()}
-        store.write_json(self.folder / "manifest.json", facts)
+        store.write_record(self.folder / "manifest.json", facts)
 
     def _stage(self, job: Job) -> None:
         """Reuse the stage's result if it is whole, else make it."""
-        name, at = job.stage.name, _stage_folder(self.folder, job)
+        name, at = job.stage.name, self.folder / "stages" / job.stage.name
         self.log.context = {"stage": name}
         drifted = self.drift.get(name, [])
-        if not drifted and (at / "metrics.json").exists() and store.is_complete(at / job.method.folder):
-            self.log.emit("reuse")
-            self.results[name] = store.read_json(at / "metrics.json")
-            return
-        store.write_json(at / "inputs.json", job.inputs())
+        if drifted:
+            self.log.emit("drift", differences=drifted)
+        made = None if drifted else self._made(job, at)
+        if made is None:
+            made = self._make(job, at, drifted)
+        self.results[name] = made
+
+    def _made(self, job: Job, at: Path) -> Tree | None:
+        """The stage's metrics if it was finished before and every byte is as written."""
+        if not (at / "metrics.json").exists() and not (at / job.method.folder).exists():
+            return None
+        try:
+            store.verify(at / job.method.folder)
+            made = store.read_record(at / "metrics.json")
+        except DamagedError as error:
+            self.log.emit("damaged", what=str(error))
+            return None
+        self.log.emit("reuse")
+        return made
+
+    def _make(self, job: Job, at: Path, drifted: list[str]) -> Tree:
+        store.write_record(at / drifts.INPUTS, job.inputs())
         if job.earlier:
             job = jobs.with_source(job, self._result_of(job))
         left_out = [str(problem) for problem in (*job.data.problems, *job.valid.problems)]
         if left_out:
             self.log.emit("skipped", count=len(left_out), rows=left_out[:_TOLD])
-        metrics = _StageRun(job, at, self.log, drifted).run()
-        store.write_json(at / "metrics.json", metrics)
-        self.results[name] = metrics
+        metrics = _StageRun(job, at, self.log, drifted, self.preemption).run()
+        store.write_record(at / "metrics.json", metrics)
+        return metrics
 
     def _result_of(self, job: Job) -> ModelSource:
         """The earlier stage's model; an adapter is merged and saved as this stage's base."""
         earlier = self.folder / "stages" / job.earlier
         if (earlier / "model").is_dir():
             return find(str(earlier / "model"))
-        base = _stage_folder(self.folder, job) / "base"
+        base = self.folder / "stages" / job.stage.name / "base"
         if not store.is_complete(base):
             manifest = store.verify(earlier / "adapter")
-            model, method = methods.load_adapter(earlier / "adapter", manifest, job.stage.precision)
+            model, method = methods.load_adapter(
+                earlier / "adapter", manifest, job.stage.precision, job.stage.trust_remote_code
+            )
             with store.artifact(base) as partial:
                 method.merge(model).save_pretrained(partial)
                 job.codec.tokenizer.save_pretrained(partial)
@@ -157,8 +167,11 @@ class _Runner:
 class _StageRun:
     """One stage: measure, train, measure, save."""
 
-    def __init__(self, job: Job, folder: Path, log: events.EventLog, drifted: list[str]) -> None:
+    def __init__(
+        self, job: Job, folder: Path, log: events.EventLog, drifted: list[str], preemption: guard.Preemption
+    ) -> None:
         self.job, self.folder, self.log, self.drifted = job, folder, log, drifted
+        self.preemption = preemption
         stage = job.stage
         self.exam = Examination(
             job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.tokens_per_batch
@@ -177,9 +190,10 @@ class _StageRun:
         model = self.job.method.apply(model)
         trainer = Trainer(
             model, self.job.objective, self.job.data, self.job.valid, stage.train, stage.precision, self.log,
-            Checkpoints(self.folder / "checkpoints", stage.train.keep), self.job.method.default_lr,
+            self.folder, self.job.method.default_lr, self.preemption,
         )  # fmt: skip
         state = trainer.run()
+        trainer.optimizer.release()  # what fitted beside it before training fits after it
         after = self._measure(model, "after")
         metrics = self._metrics(model, trainer, state, before, after)
         self._save(model, metrics)
@@ -191,10 +205,12 @@ class _StageRun:
             return {}
         path = self.folder / f"{when}.json"
         if when == "before" and path.exists():
-            saved: Tree = store.read_json(path)
-            return saved
+            try:
+                return store.read_record(path)
+            except DamagedError as error:
+                self.log.emit("damaged", what=f"{error}; measured again")
         scores = self.exam.take(model, lambda done, of: self._progress(when, done, of))
-        store.write_json(path, scores)
+        store.write_record(path, scores)
         self.log.emit("measure", when=when, **{k: v for k, v in scores.items() if k != "answers"})
         return scores
 
@@ -218,7 +234,8 @@ class _StageRun:
             "train": {"steps": state.step, "planned_steps": trainer.steps, "tokens": state.tokens,
                       "learned_tokens": state.learned_tokens, "seconds": state.seconds,
                       "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
-                      "best_step": state.best_step or state.step, "peak_memory": peak_memory_bytes()},
+                      "best_step": state.best_step or state.step,
+                      "skipped": state.skipped, "rollbacks": state.rollbacks, "peak_memory": peak_memory_bytes()},
             "artifact": f"stages/{stage.name}/{self.job.method.folder}",
             "lineage": self._lineage(),
         }  # fmt: skip

@@ -19,8 +19,7 @@ class Run:
     @cached_property
     def results(self) -> dict[str, Any]:
         """What ``results.json`` says."""
-        results: dict[str, Any] = store.read_json(self.folder / "results.json")
-        return results
+        return store.read_record(self.folder / "results.json")
 
     @property
     def report(self) -> Path:
@@ -30,7 +29,7 @@ class Run:
     @property
     def artifact(self) -> Path:
         """The last stage's adapter or model folder."""
-        return self.folder / str(self.results["stages"][-1]["artifact"])
+        return speaker.result_of(self.folder)
 
     @cached_property
     def speaker(self) -> speaker.Speaker:

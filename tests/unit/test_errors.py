@@ -1,5 +1,9 @@
 """Problems read as place, finding and fix; one exception carries them all."""
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 
 from tunewright.core import errors
@@ -24,7 +28,9 @@ def test_a_single_problem_needs_no_list() -> None:
     assert DataError(Problem("a", "b")).problems == (Problem("a", "b"),)
 
 
-@pytest.mark.parametrize("name", ["RecipeError", "DataError", "ModelError", "HardwareError", "DriftError"])
+@pytest.mark.parametrize(
+    "name", ["RecipeError", "DataError", "ModelError", "HardwareError", "DriftError", "BusyError"]
+)
 def test_wrong_input_exits_with_2(name: str) -> None:
     error = getattr(errors, name)
     assert issubclass(error, UserError)
@@ -35,6 +41,20 @@ def test_wrong_input_exits_with_2(name: str) -> None:
 def test_what_is_not_the_users_doing_exits_with_1(error: type[TunewrightError]) -> None:
     assert not issubclass(error, UserError)
     assert error.exit_code == 1
+
+
+def test_a_disk_that_refuses_has_a_code_of_its_own() -> None:
+    error = errors.StorageError(Path("runs/one"), "No space left on device")
+    assert error.exit_code == os.EX_IOERR == 74
+    assert str(error).startswith("runs/one: No space left on device; what was saved before is whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_exits_as_the_shell_would_say(number: int, code: int) -> None:
+    error = errors.InterruptedRunError(number, "stopped")
+    assert (error.exit_code, str(error)) == (code, "stopped")
+    assert not isinstance(error, UserError)
+    assert errors.TunewrightError.exit_code == 1
 
 
 def test_nearest_offers_the_closest_spelling_or_all_there_are() -> None:

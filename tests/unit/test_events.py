@@ -89,3 +89,22 @@ def test_every_cut_of_the_last_line_is_survived(path: Path) -> None:
 
 def test_no_file_is_no_events(tmp_path: Path) -> None:
     assert list(read(tmp_path / "events.jsonl")) == []
+
+
+def test_an_event_whose_bytes_were_changed_is_passed_over(path: Path) -> None:
+    log = EventLog(path)
+    for step in (1, 2, 3):
+        log.emit("step", step=step, loss=0.5)
+    log.close()
+    path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step": 9'))
+    assert [event["step"] for event in read(path)] == [1, 3]
+
+
+def test_two_logs_of_one_file_do_not_mix_their_lines(path: Path) -> None:
+    one, other = EventLog(path), EventLog(path)
+    for step in range(50):
+        one.emit("step", step=step, text="x" * 10_000)
+        other.emit("eval", step=step)
+    assert [(event["kind"], event["step"]) for event in read(path)] == [
+        (kind, step) for step in range(50) for kind in ("step", "eval")
+    ]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -172,6 +173,10 @@ WRONG = [
     ({**ALPACA, "history": [["q", 1]]}, "field 'history[0]' is a number, expected text"),
     ({**ALPACA, "tools": 5}, "field 'tools' is a number, expected a list or its JSON text"),
     ({**ALPACA, "family": 5}, "field 'family' is a number, expected text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": [["image"]]}]}]},
+        "field 'messages[0].content[0]' is of type 'a list', expected 'text'",
+    ),
     ({**ALPACA, "system": 5}, "field 'system' is a number, expected text"),
     ({"messages": None}, "field 'messages' is null, expected a list"),
     ({"messages": "hi"}, "field 'messages' is text, expected a list"),
@@ -262,7 +267,7 @@ def test_a_json_array_gives_each_row_its_first_line(tmp_path: Path) -> None:
 def test_a_json_array_that_breaks_off(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     for text, what in (
-        ('[\n{"text": "a"},\n', "3: not JSON: Expecting value"),
+        ('[\n{"text": "a"},\n', "2: not JSON: the file ends too early"),
         ('[\n{"text": "a"}\n{"text": "b"}]', "3: not JSON: expected ',' or ']' after a row"),
         ('[\n{"text": "a"}]\n]', "3: not JSON: text after the closing ']'"),
         ('[\n{"text": "a"},\n' + "[" * 100_000, "3: not JSON"),
@@ -333,6 +338,70 @@ def test_csv_with_a_stray_carriage_return(tmp_path: Path) -> None:
     problem, row = rows_of(path)
     assert str(problem).startswith(f"{path}:2: not CSV: new-line character")
     assert row == Row(f"{path}:3", text="c")
+
+
+def test_csv_quotes_that_are_not_closed_swallow_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('prompt,completion\na,b\nc,"d\ne,"f"\ng,h\ni,"j\nk,l\n')
+    (first, broken, second, rest) = rows_of(path)
+    assert [said(row)[1][1] for row in (first, second) if isinstance(row, Row)] == ["b", "h"]
+    assert str(broken).startswith(f"{path}:3: not CSV from here to line 4: ',' expected after '\"'")
+    assert str(rest).startswith(f"{path}:6: not CSV from here to line 7: unexpected end of data")
+
+
+def test_a_bad_byte_in_csv_costs_its_own_row_only(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(b'prompt,completion\na,"b\xff\nstill b"\nc,"d" e\nf,"g\xff" h\ni,j\n')
+    found = [str(row) if isinstance(row, Problem) else said(row)[0][1] for row in rows_of(path)]
+    assert found[0].startswith(f"{path}:2: byte 0xff is not UTF-8")
+    assert found[1].startswith(f"{path}:4: not CSV: ")
+    assert found[2].startswith(f"{path}:5: byte 0xff is not UTF-8")
+    assert found[3:] == ["i"]
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        (b"prompt,completion\xff", "byte 0xff is not UTF-8; without a header no row was read"),
+        (b'"prompt"s,completion', "without a header no row was read"),
+        (b"prompt,completion,completion", "the column 'completion' is there twice; fix: rename one of them"),
+    ],
+)
+def test_a_csv_header_that_is_wrong_makes_no_row_the_header(tmp_path: Path, header: bytes, what: str) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(header + b"\nq,a\nr,b\n")
+    (problem,) = rows_of(path)
+    assert str(problem).startswith(f"{path}:1: ")
+    assert what in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("array", "what"),
+    [
+        (pa.array([0, 2**60], pa.timestamp("us")), "date value out of range"),
+        (pa.array([0, 2**62], pa.duration("ms")), "too large"),
+        (pa.array([b"x", b"\xff"], pa.binary()).view(pa.string()), "invalid start byte"),
+    ],
+)
+def test_a_parquet_value_that_python_cannot_hold(tmp_path: Path, array: pa.Array, what: str) -> None:
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": ["one", "two"], "when": array}), path)
+    row, problem = rows_of(path)
+    assert isinstance(row, Row)
+    assert str(problem).startswith(f"{path}:2: a row that cannot be read (")
+    assert what in str(problem)
+
+
+def test_parquet_columns_of_one_name_and_bytes_that_changed(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), path)
+    assert [str(row) for row in rows_of(path)] == [
+        f"{path}:1: the column 'text' is there twice; fix: rename one of them; no row was read"
+    ]
+    table = pa.table({"text": ["the words"]})
+    pq.write_table(table, path, compression="none", write_page_checksum=True, use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"the words", b"the sword"))
+    assert "not Parquet that can be read" in str(rows_of(path)[0])
 
 
 def test_csv_answers_longer_than_the_module_allows(tmp_path: Path) -> None:
@@ -407,7 +476,7 @@ def test_an_absent_file_names_its_nearest_sibling(tmp_path: Path) -> None:
 
 def test_files_refused_at_the_call(tmp_path: Path) -> None:
     assert "a folder, expected a file" in refused(Source(tmp_path))
-    assert "cannot be opened" in refused(Source(tmp_path / ("x" * 300)))
+    assert "File name too long" in refused(Source(tmp_path / ("x" * 300)))
     (tmp_path / "d.docx").write_text("x")
     assert "unknown extension '.docx'; fix: use .json, .jsonl" in refused(Source(tmp_path / "d.docx"))
     for name, text in (
@@ -511,7 +580,7 @@ def test_the_source_overrules_the_list(folder: Path) -> None:
 
 
 def test_datasets_that_cannot_be_used_come_together(folder: Path) -> None:
-    info = folder / "dataset_info.json"
+    info, fix = folder / "dataset_info.json", f"fix: name a file in {folder}, by its path from there"
     found = unexpanded(
         Path(f"{folder}:on,remote,gone,outside,odd"), folder / "no.json", Path(f"{folder}:dpoo")
     )
@@ -520,16 +589,21 @@ def test_datasets_that_cannot_be_used_come_together(folder: Path) -> None:
         f"{info}: remote: no local file (it names hf_hub_url 'someone/remote');"
         " fix: download it first and set its file_name",
         f"{folder}/oen.json: no such file; fix: did you mean 'open.json'?",
-        f"{info}: outside: file_name '../secret.json' leads out of the folder; fix: move the file into it",
-        f"{info}: odd: file_name '\\x00.json' leads out of the folder; fix: move the file into it",
+        f"{info}: outside: '../secret.json' leads out of {folder}; {fix}",
+        f"{info}: odd: '\\x00.json' holds the control character U+0000; {fix}",
         f"{info}: no dataset is called 'dpoo'; fix: did you mean 'dpo'?",
+        f"{folder}/no.json: no such file; fix: did you mean 'one.json'?",
     ]
 
 
 def test_a_symbolic_link_does_not_lead_out(folder: Path) -> None:
     (folder / "open.json").unlink()
     (folder / "open.json").symlink_to(folder.parent / "secret.json")
-    assert "leads out of the folder" in unexpanded(Path(f"{folder}:open"))
+    assert f"leads out of {folder}" in unexpanded(Path(f"{folder}:open"))
+    (folder / "parts").mkdir()
+    (folder / "parts" / "1.json").symlink_to(folder.parent / "secret.json")
+    (folder / "dataset_info.json").write_text('{"parts": {"file_name": "parts"}}')
+    assert f"leads out of {folder}" in unexpanded(Path(f"{folder}:parts"))
 
 
 @pytest.mark.parametrize(
@@ -574,11 +648,13 @@ def test_a_dataset_may_be_a_folder(folder: Path) -> None:
     assert [source.path.name for source in sources([Source(folder)])] == ["1.jsonl", "2.jsonl"]
 
 
-def test_files_and_odd_paths_stay_as_they_are(tmp_path: Path) -> None:
+def test_a_file_stays_as_it_is_if_it_can_be_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a:b.jsonl", ALPACA)
     asked = [Source(path), Source(tmp_path / "no:such")]
     assert sources(asked[:1]) == asked[:1]
-    assert sources([asked[1]]) == [asked[1]]
+    assert "no such file" in unexpanded(asked[1].path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "a pipe or a device, expected a file" in unexpanded(tmp_path / "pipe.jsonl")
     assert "cannot be opened" in unexpanded(tmp_path / ("x" * 300))
 
 

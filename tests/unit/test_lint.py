@@ -70,6 +70,32 @@ BAD = [
     (talk("user: a\ud83d", "assistant: b"), "turn 1 (user) holds the lone surrogate U+D83D at character 2"),
     (talk("user: a", "assistant: b", tools="\0"), "tools holds the control character U+0000 at character 1"),
     (
+        Row("d.jsonl:3", text="a", family="b\ud800"),
+        "family holds the lone surrogate U+D800 at character 2",
+    ),
+    (
+        talk("user: a", "assistant: b", tools="{"),
+        "tools is not JSON that can be read (Expecting property name",
+    ),
+    (
+        talk("user: a", "assistant: b", tools='[{"a": NaN}]'),
+        "tools is not JSON that can be read (NaN is no JSON",
+    ),
+    (
+        talk("user: a", "assistant: b", tools='{"a": 1}'),
+        "tools is not a list of objects; fix: write the tools as",
+    ),
+    (talk("user: a", "assistant: b", tools="[1]"), "tools is not a list of objects"),
+    (talk("user: a", "assistant: b", tools='[{"a": "\\ud800"}]'), "tools holds the lone surrogate U+D800"),
+    (
+        talk("user: a", "assistant: b", tools='[{"a": ' + "[" * 99 + "]" * 99 + "}]"),
+        "tools is nested deeper than 64 levels",
+    ),
+    (
+        talk("user: a", "assistant: b", tools="[" * 9999),
+        "tools is not JSON that can be read (maximum recursion",
+    ),
+    (
         Row("d.jsonl:3", text="\x1b["),
         "the text holds the control character U+001B at character 1; fix: remove it",
     ),

@@ -12,8 +12,8 @@ import torch
 
 from tunewright.core import events
 from tunewright.core.errors import DivergedError
-from tunewright.data.tokens import take
-from tunewright.train.loop import Trainer, held_out_loss
+from tunewright.train.loop import Trainer
+from tunewright.train.measure import HeldOut
 
 MakeTrainer = Callable[..., Trainer]
 LORA = {"name": "lora", "rank": 4, "dropout": 0.1}
@@ -75,10 +75,21 @@ def test_another_seed_is_another_run(make_trainer: MakeTrainer, tmp_path: Path) 
     assert losses(tmp_path, "0") != losses(tmp_path, "1")
 
 
+def epoch(trainer: Trainer, start: int) -> list[np.ndarray]:
+    """The batches from a step on, until every sample has come up."""
+    batches: list[np.ndarray] = []
+    for indices in trainer.feed.from_step(start):
+        batches.append(indices)
+        if sum(map(len, batches)) >= len(trainer.data):
+            break
+    assert sorted(np.concatenate(batches)) == list(range(len(trainer.data)))
+    return batches
+
+
 def test_epochs_are_steps_unless_steps_are_given(make_trainer: MakeTrainer) -> None:
     one = make_trainer(epochs=1)
-    assert one.steps == len(one.plan.batches(0)) > 1
-    assert make_trainer(epochs=2).run().step == one.steps + len(one.plan.batches(1))
+    assert one.steps == len(epoch(one, 0)) > 1
+    assert make_trainer(epochs=2).run().step == one.steps + len(epoch(one, one.steps))
     assert make_trainer(epochs=9, max_steps=2, folder="other").run().step == 2
 
 
@@ -102,7 +113,7 @@ def test_the_log_tells_what_training_begins_with(make_trainer: MakeTrainer, tmp_
     trainer.run()
     (event,) = logged(tmp_path, "train")
     assert (event["steps"], event["step"], event["samples"]) == (1, 0, len(trainer.data))
-    batches = trainer.plan.batches(0)
+    batches = epoch(trainer, 0)
     real = sum(int(trainer.data.lengths[b].sum()) for b in batches)
     padded = sum(len(b) * int(trainer.data.lengths[b].max()) for b in batches)
     assert event["padding_share"] == pytest.approx(1 - real / padded)
@@ -113,10 +124,9 @@ def test_the_log_tells_what_training_begins_with(make_trainer: MakeTrainer, tmp_
 
 def gradients(trainer: Trainer) -> tuple[int, float, dict[str, torch.Tensor]]:
     """Forward passes, loss and gradients of the first global batch."""
-    indices = next(trainer.plan.start_at(0))
-    batches = [trainer._batch(list(take(trainer.data, micro))) for micro in trainer._micro_batches(indices)]
-    loss, _ = trainer._accumulate(batches, [trainer.objective.weight(batch) for batch in batches])
-    return len(batches), loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    parts = trainer.feed.micro_batches(next(trainer.feed.from_step(0)), trainer._budget)
+    loss = trainer._accumulate(parts).loss
+    return len(parts), loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -218,12 +228,13 @@ def test_checkpoints_are_kept_as_asked(make_trainer: MakeTrainer, tmp_path: Path
 def test_the_held_out_loss_is_the_mean_over_supervised_tokens(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(valid=OTHERS)
     alone = [
-        (held_out_loss(trainer.model, trainer.objective, [s], 64), s["learned"][1:].sum())
+        (HeldOut(trainer.objective, [s], 64).loss(trainer.model), s["learned"][1:].sum())
         for s in trainer.valid
     ]
     expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
+    assert trainer.held_out_loss() == pytest.approx(expected)
     for budget in (8, 64, 4096):
-        assert held_out_loss(trainer.model, trainer.objective, trainer.valid, budget) == pytest.approx(
+        assert HeldOut(trainer.objective, trainer.valid, budget).loss(trainer.model) == pytest.approx(
             expected
         )
 
@@ -316,16 +327,17 @@ def test_gradient_checkpointing_changes_no_loss(
 # Numbers that are not finite
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_update(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_model_that_is_not_finite_is_not_trained(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(save_every=1, max_steps=3)
     with torch.no_grad():
         trainer.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     before = weights(trainer)
-    with pytest.raises(DivergedError, match="the loss at step 1 is nan; nothing was updated with it"):
+    expected = r"the model to start from is not finite: weight model\.layers\.0\.mlp\.up_proj\.weight$"
+    with pytest.raises(DivergedError, match=expected):
         trainer.run()
     assert same(weights(trainer), before)
     assert trainer.state.step == 0
-    assert trainer.optimizer.state() == {}
+    assert not any(tensor.any() for tensor in trainer.optimizer.state().values())
     assert losses(tmp_path) == []
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -339,7 +351,9 @@ def test_the_steps_before_a_bad_one_are_kept(make_trainer: MakeTrainer, tmp_path
                 trainer.model.model.norm.weight.fill_(float("inf"))
 
     trainer.log.readers.append(poison)
-    with pytest.raises(DivergedError, match="the loss at step 4 is nan"):
+    with pytest.raises(
+        DivergedError, match=r"^step 4: the loss is not finite \(weight model\.norm\.weight\)"
+    ):
         trainer.run()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
@@ -372,7 +386,7 @@ def test_an_fp16_overflow_halves_the_scale_and_skips_the_update(make_trainer: Ma
     before = weights(trainer)
     state = trainer.run()
     assert same(weights(trainer), before)
-    assert trainer.optimizer.state() == {}
+    assert not any(tensor.any() for tensor in trainer.optimizer.state().values())
     assert (state.step, state.loss_scale, state.scaled_steps) == (1, 2.0**59, 0)
     assert all(p.grad is None for p in trainer.model.parameters())
 

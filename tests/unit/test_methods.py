@@ -1,6 +1,7 @@
 """What each method trains, saves, loads and merges."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,55 @@ def test_a_manifest_must_name_base_and_method(tmp_path: Path, manifest: dict[str
 def test_an_adapter_whose_base_is_gone(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder"):
         methods.load_adapter(tmp_path, {"base": str(tmp_path / "gone"), "method": "lora"}, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("variable", "trusted", "runs"), [("", False, False), ("1", False, True), ("", True, True)]
+)
+def test_a_bases_code_runs_only_if_the_user_says_so(
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    trusted: bool,
+    runs: bool,
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "own.Model"}}))
+    manifest = {"base": str(folder), "method": "lora", "trust_remote_code": True}
+    monkeypatch.setenv("TUNEWRIGHT_TRUST_REMOTE_CODE", variable)
+    if runs:
+        assert methods.base_of(manifest, trusted).trust_remote_code
+    else:
+        with pytest.raises(ModelError, match="set the environment variable TUNEWRIGHT_TRUST_REMOTE_CODE=1"):
+            methods.base_of(manifest, trusted)
+    with pytest.raises(ModelError, match="wants to run its own Python code"):
+        methods.base_of({**manifest, "trust_remote_code": False}, trusted)
+
+
+def test_another_tools_adapter_names_its_base(
+    trained: tuple[torch.Tensor, Path], tiny_model_folder: Path
+) -> None:
+    expected, folder = trained
+    manifest = methods.foreign_manifest(folder)
+    assert manifest == {"base": str(tiny_model_folder), "method": "lora", "precision": "fp32"}
+    close(logits(methods.load_adapter(folder, manifest, "fp32")[0]), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", r".*\.[qv]_proj", r".*layers\.1\..*_proj", ["k_proj", "mlp.up_proj"]]
+)
+def test_what_was_adapted_by_a_pattern_is_found_in_the_weights(
+    make_model: MakeModel, tmp_path: Path, targets: Any
+) -> None:
+    model = lora(rank=4, target_modules=targets).apply(make_model())
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    again = Lora.load(make_model(), tmp_path)
+    close(logits(again), logits(model), 1e-5)
+    assert {n for n, _ in again.named_parameters()} == {n for n, _ in model.named_parameters()}
 
 
 # Full and scratch

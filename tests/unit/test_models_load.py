@@ -77,7 +77,7 @@ def test_a_model_that_brings_its_own_code_is_refused_until_trusted(folder: Path)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "evil.Model"}}))
     assert refused(folder) == (
-        f"model: {folder} wants to run its own Python code; "
+        f"model: {folder} wants to run its own Python code (auto_map in config.json); "
         "fix: read that code, then set trust_remote_code: true"
     )
     assert find(str(folder), trust_remote_code=True).trust_remote_code
@@ -129,20 +129,26 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
     state = load_model(find(str(folder))).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    assert unloaded(folder).startswith(f"model: {folder} cannot be loaded: ")
+    assert refused(folder).startswith(f"{folder}: its weights are pickles, which can run code")
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "pointer"])
-def test_damaged_weights(folder: Path, damage: str) -> None:
-    path = folder / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(
-        {"empty": b"", "truncated": content[: len(content) // 2], "pointer": LFS_POINTER}[damage]
+def test_weights_that_are_a_git_lfs_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(LFS_POINTER)
+    assert refused(folder) == (
+        f"{folder / 'model.safetensors'}: a Git LFS pointer, not the file itself; fix: fetch it: git lfs pull"
     )
-    assert unloaded(folder).startswith(f"model: {folder} cannot be loaded: ")
+
+
+def test_a_model_too_large_for_the_machine_is_not_initialised(folder: Path) -> None:
+    path = folder / "config.json"
+    sizes = {"hidden_size": 1 << 16, "intermediate_size": 1 << 20, "num_attention_heads": 1 << 9}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **sizes, "head_dim": None}))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"TB for its weights, .* of memory is free"):
+        load_model(find(str(folder)), random_weights=True)
 
 
 def test_an_unknown_architecture(folder: Path) -> None:

@@ -8,6 +8,7 @@ from tunewright import objectives
 from tunewright.core.errors import Problem
 from tunewright.data.rows import Message, Row
 from tunewright.data.template import ChatCodec
+from tunewright.data.tokens import ORIGIN
 from tunewright.recipes import plugin_config
 
 
@@ -88,3 +89,49 @@ def test_pretraining_loss_is_transformers_own(tokenizer, make_model):
 def test_pretraining_on_conversations_uses_the_template(tokenizer):
     block = next(iter(make("pretrain", tokenizer, block=64).encode([TALKS[1]])))
     assert "<|assistant|>Rain falls" in tokenizer.decode(block["input_ids"])
+
+
+# Where samples come from
+
+
+@pytest.mark.parametrize(
+    ("where", "line"), [("a.jsonl:3", 3), ("C:/x:12", 12), ("a.parquet", 0), ("", 0), ("a:b", 0), ("a:", 0)]
+)
+def test_the_line_of_a_place(where, line):
+    assert objectives.line_of(where) == line
+
+
+def test_an_sft_sample_knows_its_line(tokenizer):
+    rows = [Row(f"my.jsonl:{line}", talk("Hi", "Hello.").messages) for line in (4, 9)]
+    samples = list(make("sft", tokenizer).encode(rows))
+    assert [sample[ORIGIN].tolist() for sample in samples] == [[4], [9]]
+
+
+def test_a_packed_block_knows_its_first_and_last_line(tokenizer):
+    rows = [Row(f"book.txt:{line}", text=f"Sentence {line} is here.") for line in range(10, 30)]
+    blocks = list(make("pretrain", tokenizer, block=16).encode(rows))
+    counts = [len(tokenizer(row.text, add_special_tokens=False)["input_ids"]) + 1 for row in rows]
+    line_of_token = np.repeat(np.arange(10, 30), counts)
+    starts = np.cumsum([0, *(len(block["input_ids"]) for block in blocks)])
+    for block, start, end in zip(blocks, starts[:-1], starts[1:], strict=True):
+        assert block[ORIGIN].tolist() == [line_of_token[start], line_of_token[end - 1]]
+    assert blocks[0][ORIGIN].tolist()[0] == 10
+    assert blocks[-1][ORIGIN].tolist()[1] == 29
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_the_origin_is_no_part_of_a_batch(tokenizer, name):
+    objective = make(name, tokenizer)
+    rows = [Row("a:7", text="Some words.")] if name == "pretrain" else TALKS
+    assert objective.collate(list(objective.encode(rows))).keys() == {"input_ids", "labels"}
+
+
+# State
+
+
+def test_an_objective_without_state_takes_none(tokenizer):
+    sft = make("sft", tokenizer)
+    assert sft.state() == {}
+    sft.set_state({})
+    with pytest.raises(ValueError, match="Sft declares no state, found baseline"):
+        sft.set_state({"baseline": torch.zeros(1)})

@@ -1,5 +1,8 @@
 """AdamW with fp32 masters: exactly torch's where weights are fp32, and more exact where they are not."""
 
+import gc
+import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tunewright.core.errors import DivergedError
+from tunewright.core.errors import DriftError
 from tunewright.recipes import TrainConfig
 from tunewright.train.optimizer import MasterAdamW
 
@@ -183,8 +186,8 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_updated(value: fl
     state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     model(next(batches(1))).square().mean().backward()
     model[3].weight.grad[1, 2] = value
-    with pytest.raises(DivergedError, match=r"the gradient of 3\.weight is not finite"):
-        optimizer.gather()
+    assert not math.isfinite(optimizer.gather())
+    assert optimizer.bad_gradients() == ["3.weight"]
     assert equal(model.state_dict(), weights)
     assert equal(optimizer.state(), state)
 
@@ -194,13 +197,37 @@ def test_after_dropping_bad_gradients_training_goes_on_as_if_there_were_none() -
     optimizer, other = (MasterAdamW(m, TrainConfig(), LR) for m in (model, undisturbed))
     model(next(batches(1))).square().mean().backward()
     model[0].bias.grad[0] = float("nan")
-    with pytest.raises(DivergedError):
-        optimizer.gather()
+    assert not math.isfinite(optimizer.gather())
+    assert optimizer.bad_gradients() == ["0.bias"]
     optimizer.drop()
+    assert optimizer.bad_gradients() == []
     for x in batches(2):
         learn(model, optimizer, x)
         learn(undisturbed, other, x)
     assert equal(model.state_dict(), undisturbed.state_dict())
+
+
+# Masters and moments that are not finite
+
+
+def test_masters_and_moments_that_are_not_finite_are_named() -> None:
+    model = network()
+    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    learn(model, optimizer, next(batches(1)))
+    assert optimizer.not_finite() == []
+    with torch.no_grad():
+        optimizer.masters["1.bias"][0] = float("inf")
+    optimizer.state()["3.weight|exp_avg_sq"][0, 0] = float("nan")
+    assert optimizer.not_finite() == ["weight 1.bias", "exp_avg_sq of 3.weight"]
+
+
+def test_a_master_is_told_where_bf16_rounding_hides_it() -> None:
+    model = network(torch.bfloat16)
+    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    with torch.no_grad():
+        optimizer.masters["0.weight"][1, 1] = float("-inf")
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert optimizer.not_finite() == ["weight 0.weight"]
 
 
 # State
@@ -231,10 +258,18 @@ def test_state_through_safetensors_goes_on_to_the_last_bit(tmp_path: Path, dtype
 def test_the_state_is_named_after_the_weights() -> None:
     model = network()
     optimizer = MasterAdamW(model, TrainConfig(), LR)
-    assert optimizer.state() == {}
+    before = optimizer.state()
+    assert {"0.weight|exp_avg", "0.weight|exp_avg_sq", "0.weight|step"} <= set(before)
+    assert len(before) == 3 * len(list(model.parameters()))
     learn(model, optimizer, next(batches(1)))
-    assert {"0.weight|exp_avg", "0.weight|exp_avg_sq", "0.weight|step"} <= set(optimizer.state())
-    assert len(optimizer.state()) == 3 * len(list(model.parameters()))
+    assert optimizer.state().keys() == before.keys()
+
+
+def test_moments_exist_before_the_first_step_and_are_zero() -> None:
+    optimizer = MasterAdamW(network(torch.bfloat16), TrainConfig(), LR)
+    assert all(not tensor.any() for tensor in optimizer.state().values())
+    assert {tensor.dtype for tensor in optimizer.state().values()} == {torch.float32}
+    assert optimizer.state()["0.weight|exp_avg"].shape == optimizer.weights()["0.weight"].shape
 
 
 def test_putting_masters_back_sets_the_rounded_weights_too() -> None:
@@ -244,3 +279,32 @@ def test_putting_masters_back_sets_the_rounded_weights_too() -> None:
     optimizer.set_weights(saved)
     assert all(torch.equal(p, torch.full_like(p, 0.1)) for p in model.parameters())
     assert equal(optimizer.weights(), saved)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "more"])
+def test_the_weights_of_another_model_are_refused_and_nothing_is_set(wrong: str) -> None:
+    optimizer = MasterAdamW(network(), TrainConfig(), LR)
+    before = {name: master.clone() for name, master in optimizer.weights().items()}
+    saved = {name: torch.zeros_like(master) for name, master in before.items()}
+    if wrong == "missing":
+        del saved["3.bias"]
+    elif wrong == "shape":
+        saved["3.bias"] = torch.zeros(4)
+    else:
+        saved["4.bias"] = torch.zeros(4)
+    with pytest.raises(DriftError, match=r"checkpoints: .* such as (3|4)\.bias"):
+        optimizer.set_weights(saved)
+    assert equal(optimizer.weights(), before)
+
+
+def test_release_gives_the_memory_back_and_leaves_the_model() -> None:
+    model = network(torch.bfloat16)
+    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    learn(model, optimizer, next(batches(1)))
+    kept = [weakref.ref(tensor) for tensor in (*optimizer.masters.values(), *optimizer.state().values())]
+    before = snapshot(model)
+    optimizer.release()
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * len(kept)
+    assert equal(model.state_dict(), before)
+    assert optimizer.parameters.keys() == before.keys()

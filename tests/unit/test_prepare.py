@@ -1,6 +1,8 @@
 """From files to token tables: made once, split by content, bad rows told with file and line."""
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,9 @@ def texts(codec: ChatCodec, data: Mixture) -> list[str]:
 
 
 def tables(cache: Path) -> list[Path]:
-    return list((cache / "tokens").rglob("*")) if (cache / "tokens").exists() else []
+    """All that is in the cache of tables, but for the empty files that writers take turns by."""
+    found = [*(cache / "tokens").rglob("*")]
+    return [path for path in found if path.suffix != ".lock" or path.stat().st_size]
 
 
 # The cache
@@ -120,6 +124,44 @@ def test_progress_is_told_every_thousand_rows(tmp_path: Path, codec: ChatCodec) 
         source, "train", 0.0
     )
     assert told == [("d.jsonl", 1000), ("d.jsonl", 2000)]
+
+
+def test_every_sample_knows_its_file_and_line(tmp_path: Path, codec: ChatCodec) -> None:
+    paths = [write(tmp_path / f"{name}.jsonl", *pairs(3, start)) for start, name in ((0, "a"), (50, "b"))]
+    train, _ = mixture(preparation(codec), DataConfig(train=[str(p) for p in paths], valid_share=0), 0)
+    assert [train.where(i) for i in range(6)] == [f"{path}:{line}" for path in paths for line in (1, 2, 3)]
+
+
+def test_two_that_want_the_same_table_at_once_make_it_once(
+    tmp_path: Path, codec: ChatCodec, cache: Path
+) -> None:
+    made: list[int] = []
+
+    def encode(rows: Any) -> Any:
+        made.append(1)
+        return Sft(Config(), codec).encode(rows)
+
+    source = Source(write(tmp_path / "d.jsonl", *pairs(5)))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda _: Preparation(encode, {}, "stop").table(source, "train", 0.0), range(4))
+        )
+    assert len(made) == 1
+    assert len({table.folder for table in found}) == 1
+    assert [path.name for path in tables(cache) if path.is_dir()] == [found[0].folder.name]
+
+
+def test_what_a_killed_writer_left_of_a_table_is_cleared(
+    tmp_path: Path, codec: ChatCodec, cache: Path
+) -> None:
+    source = Source(write(tmp_path / "d.jsonl", *pairs(3)))
+    folder = preparation(codec).table(source, "train", 0.0).folder
+    shutil.rmtree(folder)
+    (folder.parent / f".{folder.name}.77.partial").mkdir()
+    (folder.parent / ".other.77.partial").mkdir()
+    assert len(preparation(codec).table(source, "train", 0.0)) == 3
+    assert not (folder.parent / f".{folder.name}.77.partial").exists()
+    assert (folder.parent / ".other.77.partial").exists()
 
 
 # Bad rows
@@ -273,6 +315,14 @@ def test_builtin_data_is_written_out_once(cache: Path) -> None:
     (again,) = sources(DataConfig(train="builtin:demo-valid").train)
     assert again.path == source.path
     assert again.path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_damaged_builtin_data_is_written_anew() -> None:
+    (source,) = sources(DataConfig(train="builtin:demo-valid").train)
+    content = source.path.read_bytes()
+    source.path.write_bytes(content[: len(content) // 2])
+    (again,) = sources(DataConfig(train="builtin:demo-valid").train)
+    assert again.path.read_bytes() == content
 
 
 def test_what_a_file_says_of_itself_reaches_the_source(tmp_path: Path) -> None:

@@ -34,12 +34,26 @@ def test_every_event_worth_telling_has_a_line():
         "saved": {"path": "x", "bytes": 2048},
         "skipped": {"count": 1, "rows": ["a:1: empty"]},
         "remote-code": {"model": "m"},
+        "damaged": {"what": "step-00000004/state.json: missing"},
+        "drift": {"differences": ["sft: machine.threads: the run was begun with 1, now it is 2", "b"]},
+        "spike": {"step": 41, "loss": 9.5, "recent": 1.25, "samples": "my.jsonl:3, my.jsonl:8"},
+        "rollback": {"step": 43, "to": 40},
+        "out-of-memory": {"step": 2, "micro_tokens": 512},
     }
     lines = {kind: readers.event_line({"kind": kind, **facts}) for kind, facts in told.items()}
     assert lines["train"] == "training 3 samples for 2 steps (5.0% padding)"
     assert lines["measure"] == "before: held-out loss 2.0000, exact match 50.0% of 4"
     assert lines["skipped"] == "left out 1 rows, among them:\n  a:1: empty"
     assert lines["remote-code"] == "running Python code that comes with m (trust_remote_code: true)"
+    assert lines["damaged"] == "damaged: step-00000004/state.json: missing"
+    assert lines["drift"].splitlines()[1:] == [
+        "  sft: machine.threads: the run was begun with 1, now it is 2", "  b"
+    ]  # fmt: skip
+    assert lines["spike"] == "step 41: loss 9.5000 after 1.2500: passed over (my.jsonl:3, my.jsonl:8)"
+    assert lines["rollback"] == "step 43: back to the weights of step 40"
+    assert lines["out-of-memory"].startswith("out of memory: going on with 512 tokens in one forward pass")
+    smaller = readers.event_line({"kind": "out-of-memory", "step": 2, "eval_tokens": 64})
+    assert smaller == "out of memory: going on with 64 tokens at a time in evaluation"
     assert all(lines.values())
     assert readers.event_line({"kind": "measure", "when": "after"}) == "after: nothing to measure"
     assert readers.event_line({"kind": "checkpoint"}) == ""

@@ -145,7 +145,9 @@ def test_an_override_needs_key_and_value(override: str) -> None:
 
 
 def test_an_override_that_is_not_yaml() -> None:
-    assert refused(["train.lr={"]) == ["train.lr={: the value is not readable as YAML"]
+    assert refused(["train.lr={"]) == [
+        "train.lr={: not readable as YAML: expected the node content, but found '<stream end>'"
+    ]
 
 
 def test_overriding_leaves_the_given_mapping_alone() -> None:
@@ -263,7 +265,7 @@ def test_broken_yaml_is_told_with_file_and_line(tmp_path: Path) -> None:
 def test_yaml_tags_run_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
-    assert unread(path).startswith(f"{path}:1: not readable as YAML: could not determine a constructor")
+    assert unread(path).startswith(f"{path}:1: not readable as YAML: the tag ")
     assert not (tmp_path / "made").exists()
 
 

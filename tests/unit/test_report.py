@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tunewright.core import store
+from tunewright.core import journal, store
+from tunewright.core.errors import DamagedError
 from tunewright.evaluate import charts, report
 from tunewright.evaluate.charts import History
 from tunewright.evaluate.report import Change
@@ -116,12 +117,16 @@ def happened(kind: str, step: int, noise: random.Random) -> list[Tree]:
 def folder(at: Path, *stages: Tree, events: list[Tree] | None = None) -> Path:
     """A run folder as the pipeline leaves it."""
     at.mkdir(parents=True, exist_ok=True)
-    store.write_json(at / "results.json", {"run": at.name, "status": "finished", "stages": list(stages)})
-    store.write_lines(at / "events.jsonl", log() if events is None else events)
+    store.write_record(at / "results.json", {"run": at.name, "status": "finished", "stages": list(stages)})
+    journal_of(at / "events.jsonl", log() if events is None else events)
     store.write_text(
         at / "recipe.yaml", f"output: {at}\nstages:\n- name: sft\n  model: builtin:pico  # <模型>\n"
     )
     return at
+
+
+def journal_of(path: Path, events: list[Tree]) -> None:
+    path.write_bytes(b"".join(map(journal.line, events)))
 
 
 def page(at: Path) -> str:
@@ -308,10 +313,20 @@ def test_several_stages_have_a_list_of_contents(tmp_path: Path) -> None:
 
 def test_text_that_no_encoding_holds_is_replaced(tmp_path: Path) -> None:
     at = folder(tmp_path / "p", stage())
-    results = json.loads((at / "results.json").read_text(encoding="utf-8"))
+    results = store.read_record(at / "results.json")
     results["stages"][0]["samples"][0]["after"] = "half a pair: \ud83d"
-    (at / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    sealed = {**results, "sha256": store.sha256_json(results)}
+    (at / "results.json").write_text(json.dumps(sealed), encoding="utf-8")
     assert "half a pair: ?" in page(at)
+
+
+def test_results_that_were_changed_by_hand_make_no_page(tmp_path: Path) -> None:
+    at = folder(tmp_path / "p", stage())
+    text = (at / "results.json").read_text(encoding="utf-8")
+    (at / "results.json").write_text(text.replace("1.204", "0.204"), encoding="utf-8")
+    with pytest.raises(DamagedError, match=r"results\.json: it differs from what was written"):
+        report.write(at)
+    assert not (at / "report.html").exists()
 
 
 def test_the_last_try_of_a_step_counts_and_what_was_undone_does_not() -> None:

@@ -2,9 +2,12 @@
 
 import json
 import math
+from dataclasses import fields
+from typing import Any
 
 import pytest
 
+from tunewright.train import guard
 from tunewright.train.state import TrainState
 
 
@@ -21,9 +24,13 @@ def test_no_loss_measured_yet_is_null_in_json() -> None:
     assert math.isinf(TrainState.from_json(tree).best_loss)
 
 
-def test_a_state_that_lacks_a_field_is_not_read() -> None:
-    with pytest.raises(KeyError, match="tokens"):
-        TrainState.from_json({"step": 1})
+def test_what_an_older_version_did_not_know_is_as_at_the_start() -> None:
+    assert TrainState.from_json({"step": 1, "tokens": 9}) == TrainState(step=1, tokens=9)
+
+
+def test_a_state_without_a_step_is_not_read() -> None:
+    with pytest.raises(KeyError, match="step"):
+        TrainState.from_json({"tokens": 1})
 
 
 def test_the_lowest_loss_is_the_best() -> None:
@@ -59,3 +66,25 @@ def test_the_loss_scale_is_doubled_after_two_thousand_clean_steps() -> None:
     for _ in range(1999):
         state.rescale(overflowed=False)
     assert state.loss_scale == 1024.0
+
+
+def test_the_newest_losses_are_remembered_and_learning_ends_a_row_of_spikes() -> None:
+    state = TrainState()
+    for n in range(guard.WINDOW + 10):
+        state.learned(float(n))
+    assert state.recent == [float(n) for n in range(10, guard.WINDOW + 10)]
+    state.passed_over()
+    state.passed_over()
+    assert (state.spikes, state.skipped, len(state.recent)) == (2, 2, guard.WINDOW)
+    state.learned(1.0)
+    assert (state.spikes, state.skipped, state.recent[-1]) == (0, 2, 1.0)
+
+
+def test_every_field_survives_a_kill() -> None:
+    numbers = iter(range(1, 100))
+    given: dict[str, Any] = {
+        f.name: [0.5, next(numbers)] if f.name == "recent" else next(numbers) for f in fields(TrainState)
+    }
+    state = TrainState(**given)
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    assert set(state.to_json()) == set(given)

@@ -171,6 +171,31 @@ def test_take_follows_the_indices(tables: list[TokenTable]) -> None:
 # Where
 
 
+def from_lines(*lines: int) -> Sample:
+    return {**sample(1, 2, 3), tokens.ORIGIN: np.array(lines, np.int64)}
+
+
+def test_a_sample_is_named_by_the_lines_it_was_made_from(tmp_path: Path) -> None:
+    write(tmp_path / "t", [from_lines(3), from_lines(10, 14), from_lines(7, 7)], dict)
+    made = TokenTable(tmp_path / "t", "data/my.jsonl")
+    assert [made.where(i) for i in range(3)] == ["data/my.jsonl:3", "data/my.jsonl:10-14", "data/my.jsonl:7"]
+
+
+def test_or_by_its_number_where_no_lines_are_known(tmp_path: Path) -> None:
+    write(tmp_path / "t", [sample(1, 2), sample(3)], dict)
+    assert TokenTable(tmp_path / "t", "my.jsonl").where(1) == "my.jsonl: sample 2"
+    assert TokenTable(tmp_path / "t").where(0) == "t: sample 1"
+
+
+def test_a_mixture_names_its_samples_by_the_table_they_are_of(tmp_path: Path) -> None:
+    made = []
+    for name, lines in (("a", (1, 2, 5)), ("b", ()), ("c", (9,))):
+        write(tmp_path / name, [from_lines(line) for line in lines], dict)
+        made.append(TokenTable(tmp_path / name, f"{name}.jsonl"))
+    mixture = Mixture(made, [1.0, 2.0, 0.5])
+    assert [mixture.where(i) for i in range(4)] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:5", "c.jsonl:9"]
+
+
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TUNEWRIGHT_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path

@@ -8,6 +8,7 @@ import torch
 
 from tunewright.core import store
 from tunewright.core.errors import Problem, TunewrightError, UserError
+from tunewright.core.paths import folder_to_make, inside
 from tunewright.data.rows import Message
 from tunewright.data.template import ChatCodec
 from tunewright.methods import Method
@@ -24,8 +25,7 @@ def merge(
     ``model`` is held in fp32. ``merged`` is the difference in fp32, which must stay within 1e-4 or
     TunewrightError is raised and nothing written; ``saved`` is that of the weights as saved, in ``dtype``.
     """
-    if folder.exists():
-        raise UserError(Problem(str(folder), "is already there", "give another --out"))
+    _check_free(folder)
     ids = torch.tensor([_probe(codec)], device=model.device)
     expected = _logits(model, ids)
     plain = method.merge(model)
@@ -41,15 +41,21 @@ def merge(
 
 
 def copy(artifact: Path, folder: Path) -> None:
-    """Copy a finished artifact, verified, to ``folder``."""
-    if folder.exists():
-        raise UserError(Problem(str(folder), "is already there", "give another --out"))
+    """Copy a finished artifact, verified, to ``folder``. UserError if a name in it leads out of either."""
+    _check_free(folder)
     manifest = store.verify(artifact)
+    where = str(artifact / store.MANIFEST)
     facts = {k: v for k, v in manifest.items() if k != "files"}
     with store.artifact(folder, **facts) as partial:
         for name in manifest["files"]:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(artifact / name, partial / name)
+            target = inside(partial, name, where)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(artifact, name, where), target)
+
+
+def _check_free(folder: Path) -> None:
+    if folder_to_make(str(folder), "--out").exists():
+        raise UserError(Problem(str(folder), "is already there", "give another --out"))
 
 
 def _probe(codec: ChatCodec) -> list[int]:

@@ -6,16 +6,21 @@ TunewrightError            exit 1
 │   ├── DataError          the data: bad row, unknown format, empty file
 │   ├── ModelError         the model: not found, no template, wrong architecture
 │   ├── HardwareError      the machine cannot do what the recipe asks
-│   └── DriftError         a run folder was started with other inputs
+│   ├── DriftError         a run folder was started with other inputs
+│   └── BusyError          a run folder is being written by another process
 ├── DamagedError           an artifact does not match its manifest
-├── DivergedError          training produced a number that is not finite
-└── InterruptedRunError    Ctrl-C: exit 130
+├── DivergedError          training produced a number that is not finite, or a loss that does not come back
+└── StorageError           exit 74: the disk is full, read-only or broken
+
+InterruptedRunError        a signal: exit 128 and its number (Ctrl-C 130, SIGTERM 143). Not an Exception, like
+                           KeyboardInterrupt: a library's ``except Exception`` must not take it for its own.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Problem:
 class TunewrightError(Exception):
     """Base of the tree; ``exit_code`` is what the command line returns."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
 
 class UserError(TunewrightError):
@@ -70,18 +75,35 @@ class DriftError(UserError):
     """The run folder was started with other inputs."""
 
 
+class BusyError(UserError):
+    """The run folder has an owner already."""
+
+
 class DamagedError(TunewrightError):
     """An artifact on disk does not match its manifest."""
 
 
 class DivergedError(TunewrightError):
-    """A loss or gradient is NaN or infinite; nothing was updated with it."""
+    """Training left the numbers it can go on with; the weights were not changed by it."""
 
 
-class InterruptedRunError(TunewrightError):
-    """The user stopped a run."""
+class StorageError(TunewrightError):
+    """The disk refused a write. What was complete before still is."""
 
-    exit_code = 130
+    exit_code = 74  # EX_IOERR of sysexits.h
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: {reason}; what was saved before is whole: make room and run the same command again"
+        )
+
+
+class InterruptedRunError(BaseException):
+    """A run was stopped by a signal."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -24,6 +24,14 @@ def hardware() -> dict[str, Any]:
     return {"processor": _processor(), "cores": cores, "memory": memory, "accelerators": gpus}
 
 
+def identity() -> dict[str, Any]:
+    """What floating-point sums depend on: the same on both sides, the same bits come out."""
+    import torch
+
+    gpus = hardware()["accelerators"]
+    return {"processor": _processor(), "threads": torch.get_num_threads(), "accelerators": gpus}
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

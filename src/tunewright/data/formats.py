@@ -179,7 +179,7 @@ class _Fields:
             return ""
         if not isinstance(value, str | list | dict):
             raise _wrong(key, value, "a list or its JSON text")
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        return value if isinstance(value, str) else _dumped(key, value)
 
 
 def _parsed(text: str) -> Any:
@@ -187,6 +187,13 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _dumped(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        raise _RowError(f"field {_short(key)} is nested too deeply", "write it flatter") from None
 
 
 def _kind(value: Any) -> str:
@@ -374,7 +381,8 @@ def _part(where: str, part: Any) -> str:
     if kind == "text":
         key = "value" if "value" in part else "text"
         return _text(f"{where}.{key}", part.get(key, _MISSING))
-    found = f"field '{where}' is of type {_short(str(kind))}, expected 'text'"
-    if any(word in str(kind) for word in ("image", "video", "audio", "file")):
+    kind = kind if isinstance(kind, str) else _kind(kind)
+    found = f"field '{where}' is of type {_short(kind)}, expected 'text'"
+    if any(word in kind for word in ("image", "video", "audio", "file")):
         raise _RowError(f"{found}: {_MULTIMODAL}", "leave the row out, or keep its text only")
     raise _RowError(found, "write it into the text, or leave the part out")

@@ -4,12 +4,14 @@ A row comes out as it went in or as one Problem: the first of its faults. Not ch
 near-duplicates.
 """
 
+import json
 import re
 import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate, chain
 from typing import Any
@@ -24,6 +26,9 @@ Fault = tuple[str, str]
 # C0 without tab, line feed and carriage return; DEL; C1; the replacement character; lone surrogates.
 _SUSPECT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
+
+# Templates write tools out with code that recurses, far from an empty stack.
+_DEEPEST_TOOLS = 64
 
 # Which roles may come after which; "" is the beginning. Several tools may answer one turn.
 _NEXT = {
@@ -106,6 +111,7 @@ def _texts(row: Row) -> Iterator[tuple[str, str]]:
         yield f"turn {turn} ({message.role})", message.content
     yield "the text", row.text
     yield "tools", row.tools
+    yield "family", row.family
 
 
 def _character(code: int) -> str:
@@ -114,12 +120,48 @@ def _character(code: int) -> str:
     return "the lone surrogate" if code >= 0xD800 else "the control character"
 
 
+def _bad_tools(row: Row) -> Fault | None:
+    return _tools_fault(row.tools) if row.tools else None
+
+
+@lru_cache(maxsize=256)
+def _tools_fault(text: str) -> Fault | None:
+    """What keeps a template from writing the tools out. Many rows of a file have the same."""
+    fix = "write the tools as a JSON list of objects"
+    try:
+        tools = json.loads(text, parse_constant=_no_json)
+        whole = json.dumps(tools, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        return f"tools is not JSON that can be read ({error})", fix
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return "tools is not a list of objects", fix
+    if _depth(tools) > _DEEPEST_TOOLS:
+        return f"tools is nested deeper than {_DEEPEST_TOOLS} levels", fix
+    if found := _SUSPECT.search(whole):  # an escape such as \\ud800 is seen only once it is read
+        return f"tools holds {_character(ord(found[0]))} U+{ord(found[0]):04X}", "remove it"
+    return None
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects, found level by level."""
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, list | dict)]:
+        depth += 1
+        level = [y for x in level for y in (x.values() if isinstance(x, dict) else x)]
+    return depth
+
+
 _RULES: tuple[Callable[[Row], Fault | None], ...] = (
     _nothing,
     _unknown_role,
     _order,
     _empty_turn,
     _bad_character,
+    _bad_tools,
 )
 
 

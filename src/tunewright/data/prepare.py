@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tunewright.core import store
-from tunewright.core.errors import DataError, Problem, nearest
+from tunewright.core import lock, store
+from tunewright.core.errors import DataError, Problem, UserError, nearest
+from tunewright.core.paths import given
 from tunewright.data import builtin, formats, lint, readers
 from tunewright.data.rows import Row, Source
 from tunewright.data.tokens import Mixture, Sample, TokenTable, cache_folder, write
@@ -19,7 +20,7 @@ from tunewright.recipes.schema import DataFile
 
 Encode = Callable[[Iterable[Row]], Iterator[Sample | Problem]]
 Progress = Callable[[str, int], None]
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 """Raised when what a table holds changes, so that older ones are not read."""
 _EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 30)
 
@@ -42,7 +43,11 @@ def _source(file: DataFile) -> Source:
     if file.path.startswith("builtin:"):
         return Source(_builtin(file.path.removeprefix("builtin:")), weight=file.weight)
     columns, tags = tuple(file.columns.items()), tuple(file.tags.items())
-    return Source(Path(file.path).expanduser(), file.format, columns, tags, file.weight)
+    try:
+        path = given(file.path, "data")
+    except UserError as error:
+        raise DataError(error.problems) from None
+    return Source(path, file.format, columns, tags, file.weight)
 
 
 def _builtin(name: str) -> Path:
@@ -51,10 +56,24 @@ def _builtin(name: str) -> Path:
         raise DataError(
             Problem("data", f"there is no built-in data {name!r}", nearest(name, builtin.SOURCES))
         )
-    path = cache_folder() / "builtin" / builtin.version() / f"{name}.jsonl"
-    if not path.exists():
-        store.write_lines(path, builtin.rows(name))
-    return path
+    folder = cache_folder() / "builtin" / builtin.version() / name
+    _once(folder, lambda: _write_builtin(folder, name))
+    return folder / f"{name}.jsonl"
+
+
+def _write_builtin(folder: Path, name: str) -> None:
+    with store.artifact(folder) as partial:
+        store.write_lines(partial / f"{name}.jsonl", builtin.rows(name))
+
+
+def _once(folder: Path, make: Callable[[], None]) -> None:
+    """Make an artifact of the cache unless it is there and whole; who comes second waits and finds it made."""
+    if store.is_complete(folder):
+        return
+    with lock.turn(folder.with_name(f"{folder.name}.lock")):
+        store.recover(folder.parent, f".{folder.name}.*")
+        if not store.is_complete(folder):
+            make()
 
 
 @dataclass(frozen=True)
@@ -74,9 +93,8 @@ class Preparation:
             "on_bad_row": self.on_bad_row, "version": _FORMAT_VERSION,
         }  # fmt: skip
         folder = cache_folder() / "tokens" / store.sha256_json({**self.key, **facts})
-        if not store.is_complete(folder):
-            self._make(folder, source, split, share)
-        return TokenTable(folder)
+        _once(folder, lambda: self._make(folder, source, split, share))
+        return TokenTable(folder, str(source.path))
 
     def _make(self, folder: Path, source: Source, split: str, share: float) -> None:
         tally = lint.Tally()
@@ -160,9 +178,9 @@ def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixt
     if problems:
         raise DataError(problems)
     if not len(made[0]):
-        raise DataError(
-            Problem("data.train", "no sample is left to train on", "lower data.valid_share or add rows")
-        )
+        what = "no sample is left to train on"
+        left_out = [problem for part in made for problem in part.problems]
+        raise DataError([Problem("data.train", what, "lower data.valid_share or add rows"), *left_out])
     return made[0], made[1] if len(made) > 1 else Mixture([], [], seed)
 
 

@@ -9,15 +9,18 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tunewright.core.errors import DataError, Problem, nearest
+from tunewright.core.errors import DataError, Problem, UserError, nearest
+from tunewright.core.paths import given
 
 Record = tuple[int, Any]
 """The line a value begins on (in Parquet: the row's number), and the value."""
@@ -31,6 +34,8 @@ LONGEST_PARAGRAPH = 1 << 16
 _BATCH = 256
 
 _UNREADABLE = (OSError, EOFError, zlib.error)
+# What Arrow's values become in Python may not exist there: dates too late, bytes that are no text.
+_UNCONVERTIBLE = (ValueError, OverflowError, TypeError, KeyError)
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 _DECODER = json.JSONDecoder()
 # What ``surrogateescape`` makes of bytes that are not UTF-8; text that is UTF-8 cannot contain these.
@@ -52,9 +57,15 @@ def absent(path: Path) -> Problem:
 
 
 def check_file(path: Path) -> str:
-    """The file's extension; DataError if it is absent, of an unknown kind or empty."""
+    """The file's extension; DataError if it is absent, no plain file, of an unknown kind or empty."""
+    try:
+        given(str(path), "data")
+    except UserError as error:
+        raise DataError(error.problems) from None
     if path.is_dir():
         raise DataError(Problem(str(path), "a folder, expected a file", "name a file in it"))
+    if path.exists() and not path.is_file():
+        raise DataError(Problem(str(path), "a pipe or a device, expected a file", "write it to a file first"))
     if not path.is_file():
         raise DataError(absent(path))
     if not (ending := extension(path)):
@@ -85,11 +96,17 @@ def records(path: Path) -> Iterator[Record | Problem]:
 
 def lines(path: Path) -> Iterator[tuple[int, str] | Problem]:
     """Every line as ``(number, text)`` without its line end; Problems for those that are not UTF-8."""
+    for item in _numbered(path):
+        yield item if isinstance(item, Problem) else _decoded(path, *item)
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes | None] | Problem]:
+    """Every line's number and bytes, None if it is too long; at last a Problem if the file is damaged."""
     number = 0
     with _open(path) as file:
         try:
             for number, raw in enumerate(_raw_lines(file), 1):
-                yield _decoded(path, number, raw)
+                yield number, raw
         except _UNREADABLE as error:
             what = f"cannot be read from here on ({error})"
             yield Problem(f"{path}:{number + 1}", what, "fetch the file again")
@@ -170,8 +187,7 @@ def _values(path: Path) -> Iterator[Record | Problem]:
     try:
         yield from cursor.array() if cursor.skip() == "[" else cursor.sequence()
     except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else cursor.line
-        yield _not_json(f"{path}:{line}", error, "mend it; rows after it were not read")
+        yield cursor.problem(error)
 
 
 class _Cursor:
@@ -181,6 +197,16 @@ class _Cursor:
         self.path, self.at, self.line = path, 0, 1
         self.text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         self.damaged = not self.text.isascii() and _ESCAPED.search(self.text) is not None
+
+    def problem(self, error: Exception) -> Problem:
+        """What is wrong where no value could be read."""
+        line, fix = self.line, "mend it; rows after it were not read"
+        if isinstance(error, json.JSONDecodeError):
+            line, rest = error.lineno, self.text[error.pos :]
+            if not rest or rest.isspace():
+                last = 1 + self.text.rstrip().count("\n")
+                return Problem(f"{self.path}:{last}", "not JSON: the file ends too early", fix)
+        return _not_json(f"{self.path}:{line}", error, fix)
 
     def move(self, at: int) -> None:
         self.line += self.text.count("\n", self.at, at)
@@ -226,51 +252,69 @@ class _Cursor:
 
 def _csv(path: Path) -> Iterator[Record | Problem]:
     csv.field_size_limit(LONGEST_LINE)  # the module's own limit, 128 K, is shorter than long answers
-    header: list[str] | None = None
-    for item in _cells(path):
-        if isinstance(item, Problem):
-            yield item
-        elif header is None:
-            header = item[1]
-        else:
-            yield _named(path, header, *item)
+    cells = _cells(path)
+    header = next(cells, None)
+    if header is None:
+        return
+    if isinstance(header, Problem):
+        yield replace(header, what=f"{header.what}; without a header no row was read")
+        return
+    if twice := _named_twice(header[1]):
+        yield Problem(f"{path}:{header[0]}", twice, "rename one of them; no row was read")
+        return
+    for item in cells:
+        yield item if isinstance(item, Problem) else _named(path, header[1], *item)
+
+
+def _named_twice(names: list[str]) -> str:
+    """What is wrong with columns of which a row could keep only one; empty if nothing is."""
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
+    return f"the column {twice[0][:60]!r} is there twice" if twice else ""
 
 
 class _Feed:
-    """Lines for the csv module, which cannot be handed Problems: the latest is put aside."""
+    """Lines for the csv module, which cannot be handed Problems: the first of each row is put aside."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = lines(path)
+        self._path, self._lines = path, _numbered(path)
         self.problem: Problem | None = None
 
     def __iter__(self) -> "_Feed":
         return self
 
     def __next__(self) -> str:
-        line = next(self._lines)
-        if isinstance(line, Problem):
-            self.problem = line
-            return "\n"
-        return line[1] + "\n"
+        item = next(self._lines)
+        line = item if isinstance(item, Problem) else _decoded(self._path, *item)
+        if not isinstance(line, Problem):
+            return line[1] + "\n"
+        self.problem = self.problem or line
+        # The bytes still say where quotes open and close, on which the rows after this one depend.
+        raw = None if isinstance(item, Problem) else item[1]
+        return (raw or b"").decode(errors="replace").rstrip("\r\n") + "\n"
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]] | Problem]:
     """Each row's cells with the line the row begins on, which is not its last when a cell holds line ends."""
     feed = _Feed(path)
-    reader = csv.reader(feed)
+    reader = csv.reader(feed, strict=True)  # else a quote that is never closed swallows the rows after it
     cells: list[str] | None = []
     while cells is not None:
-        start = reader.line_num + 1
+        start, feed.problem = reader.line_num + 1, None
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield Problem(f"{path}:{start}", f"not CSV: {error}", "quote the cell with double quotes")
+            yield feed.problem or _not_csv(path, start, reader.line_num, error)
             continue
         if feed.problem:
             yield feed.problem
-            feed.problem = None
         elif cells:
             yield start, cells
+
+
+def _not_csv(path: Path, start: int, end: int, error: csv.Error) -> Problem:
+    through = f" from here to line {end}" if end > start else ""
+    fix = "quote the cell with double quotes, and write those in it twice"
+    return Problem(f"{path}:{start}", f"not CSV{through}: {error}", fix)
 
 
 def _named(path: Path, header: list[str], line: int, cells: list[str]) -> Record | Problem:
@@ -284,27 +328,39 @@ def _parquet(path: Path) -> Iterator[Record | Problem]:
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     number = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+            if twice := _named_twice(file.schema_arrow.names):
+                yield Problem(f"{path}:1", twice, "rename one of them; no row was read")
+                return
             for row in chain.from_iterable(map(_rows, file.iter_batches(batch_size=_BATCH))):
                 number += 1
-                yield _unreadable_row(path, number, row) if isinstance(row, ValueError) else (number, row)
-    except (arrow.ArrowException, OSError) as error:
-        what = f"not Parquet that can be read ({str(error).splitlines()[0]})"
+                yield _unreadable_row(path, number, row) if isinstance(row, Exception) else (number, row)
+            if number != file.metadata.num_rows:
+                raise arrow.ArrowInvalid(f"it promises {file.metadata.num_rows} rows and holds {number}")
+    except (arrow.ArrowException, OSError, *_UNCONVERTIBLE) as error:
+        what = f"not Parquet that can be read from here on ({_first_line(error)})"
         yield Problem(f"{path}:{number + 1}", what, "write or fetch the file again")
 
 
+def _first_line(error: Exception) -> str:
+    """What a library says, fit for one line."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line[:200] if line.isprintable() else ascii(line[:200])
+
+
 def _rows(batch: Any) -> list[Any]:
-    """A batch's rows as dicts; where one cannot be converted, its ValueError."""
+    """A batch's rows as dicts; where one cannot be converted, its error."""
     try:
         return list(batch.to_pylist())
-    except ValueError as error:
+    except _UNCONVERTIBLE as error:
         if len(batch) == 1:
             return [error]
         return [row for at in range(len(batch)) for row in _rows(batch.slice(at, 1))]
 
 
-def _unreadable_row(path: Path, number: int, error: ValueError) -> Problem:
-    return Problem(f"{path}:{number}", f"a row that cannot be read ({error})", "write its text as UTF-8")
+def _unreadable_row(path: Path, number: int, error: Exception) -> Problem:
+    what = f"a row that cannot be read ({_first_line(error)})"
+    return Problem(f"{path}:{number}", what, "write its text as UTF-8, its dates as text")
 
 
 def paragraphs(path: Path) -> Iterator[Record | Problem]:

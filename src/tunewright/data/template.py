@@ -6,6 +6,7 @@ found in the rendered text: what a turn adds to the conversation before it, gene
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib import resources
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jinja2 import TemplateError
 
 from tunewright.core import store
 from tunewright.core.errors import DataError, ModelError, Problem, nearest
+from tunewright.data import template_check
 from tunewright.data.rows import Message, Row
 
 _MARK = "\u2060tunewright\u2060"
@@ -37,6 +39,21 @@ def template_names() -> list[str]:
     return sorted(p.name.removesuffix(".jinja") for p in folder.iterdir() if p.name.endswith(".jinja"))
 
 
+def _name_one() -> str:
+    return f"name one: {', '.join(template_names())}"
+
+
+@contextmanager
+def _its_own_errors() -> Iterator[None]:
+    """Whatever goes wrong in a template is an error of the template."""
+    try:
+        yield
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+
 def _named(name: str, tokenizer: Any) -> str:
     """A shipped template; its end-of-turn marker becomes the model's own end token if it lacks the marker."""
     if name not in template_names():
@@ -53,12 +70,15 @@ class ChatCodec:
     """A tokenizer with its chat template and a longest length.
 
     ``tokenizer`` is a fast Hugging Face tokenizer; it is changed: a named template becomes its own, so that
-    what is saved beside an adapter says how the adapter was trained.
+    what is saved beside an adapter says how the adapter was trained. ModelError if its own template cannot be
+    trusted: it runs for ever, fills the memory or reaches for Python's insides.
     """
 
     def __init__(self, tokenizer: Any, template: str = "auto", max_length: int = 1024) -> None:
         if template != "auto":
             tokenizer.chat_template = _named(template, tokenizer)
+        else:
+            template_check.check(tokenizer.chat_template, _name_one())
         self.tokenizer = tokenizer
         self.max_length = max_length
 
@@ -80,7 +100,7 @@ class ChatCodec:
         """ModelError if there is none."""
         if not self.has_template:
             raise ModelError(Problem("data.template", "the model's tokenizer has no chat template",
-                                     f"name one: {', '.join(template_names())}"))  # fmt: skip
+                                     _name_one()))  # fmt: skip
 
     @cached_property
     def _marks_generation(self) -> bool:
@@ -90,18 +110,26 @@ class ChatCodec:
         )
 
     def render(self, messages: tuple[Message, ...], tools: str = "", prompt: bool = False) -> str:
-        """The conversation as text; with ``prompt`` it ends where the assistant begins to speak."""
+        """The conversation as text; with ``prompt`` it ends where the assistant begins to speak.
+
+        Raises jinja2's TemplateError if the template refuses it.
+        """
         self.require_template()
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = self.tokenizer.apply_chat_template(
-            turns, tools=_tools(tools), tokenize=False, add_generation_prompt=prompt
-        )
+        with _its_own_errors():
+            text = self.tokenizer.apply_chat_template(
+                turns, tools=_tools(tools), tokenize=False, add_generation_prompt=prompt
+            )
         return str(text)
 
     def prompt(self, messages: tuple[Message, ...], tools: str = "") -> list[int]:
-        """Token ids after which the model answers."""
-        ids = self.tokenizer(self.render(messages, tools, prompt=True), add_special_tokens=False)["input_ids"]
-        return list(ids)
+        """Token ids after which the model answers; DataError if the template refuses the conversation."""
+        try:
+            text = self.render(messages, tools, prompt=True)
+        except TemplateError as error:
+            what = f"the chat template refuses the conversation: {error}"
+            raise DataError(Problem("data.template", what, _name_one())) from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, row: Row) -> Tokens:
         """A conversation's tokens, cut at ``max_length``; DataError if the template refuses it."""
@@ -150,10 +178,11 @@ class ChatCodec:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         turns = [{"role": m.role, "content": m.content} for m in row.messages]
-        rendered, spans = render_jinja_template(
-            conversations=[turns], tools=_tools(row.tools), chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
-        )  # fmt: skip
+        with _its_own_errors():
+            rendered, spans = render_jinja_template(
+                conversations=[turns], tools=_tools(row.tools), chat_template=self.tokenizer.chat_template,
+                return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map,
+            )  # fmt: skip
         return rendered[0], list(spans[0])
 
     def _found(self, row: Row, text: str) -> Spans:
@@ -199,6 +228,9 @@ class ChatCodec:
         if self.has_template:
             whole = ChatCodec(self.tokenizer, max_length=1 << 30)
             probe = whole.encode(Row("", (Message("user", "a"), Message("assistant", "b"))))
+            if not any(probe.learned):
+                what = "the chat template leaves out what the assistant says"
+                raise ModelError(Problem("data.template", what, _name_one()))
             last = max(i for i, said in enumerate(probe.learned) if said)
             if probe.ids[last] in self.tokenizer.all_special_ids or self._is_marker(probe.ids[last]):
                 stops.add(probe.ids[last])

@@ -16,6 +16,8 @@ from tunewright.core.errors import Problem
 from tunewright.core.rng import permutation
 
 Sample = dict[str, np.ndarray]
+ORIGIN = "origin"
+"""The field of a sample that holds the first and the last line it was made from."""
 _SHARD_TOKENS = 8_000_000
 _SHARD = "shard-{:05d}.safetensors"
 _LENGTH = "length"
@@ -73,8 +75,8 @@ class TokenTable(Sequence[Sample]):
     ``facts`` is what :func:`write` was given; ``problems`` are the rows that could not be used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, source: str = "") -> None:
+        self.folder, self.source = folder, source or folder.name
         self.facts: dict[str, Any] = store.read_json(folder / "facts.json")
         self.problems = [Problem(*p) for p in store.read_json(folder / "problems.json")]
         paths = sorted(folder.glob("shard-*.safetensors"))
@@ -96,6 +98,14 @@ class TokenTable(Sequence[Sample]):
             sample[field] = self._shards[k].get_slice(field)[start : int(ends[row])]
         return sample
 
+    def where(self, index: int) -> str:
+        """The sample's place for people: ``my.jsonl:3``, ``book.txt:10-14``, or its number among the samples."""
+        lines = self[index].get(ORIGIN)
+        if lines is None:
+            return f"{self.source}: sample {index + 1}"
+        first, last = int(lines[0]), int(lines[-1])
+        return f"{self.source}:{first}" + (f"-{last}" if last > first else "")
+
 
 def _ends(shard: Any) -> dict[str, np.ndarray]:
     """For each field, where in the shard's tokens each sample ends."""
@@ -115,8 +125,18 @@ class Mixture(Sequence[Sample]):
         return len(self.lengths)
 
     def __getitem__(self, index: Any) -> Any:
+        k, own = self._place(int(index))
+        return self.tables[k][own]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which table, and where in it."""
         k = bisect_right(self._starts, index) - 1
-        return self.tables[k][int(index) - int(self._starts[k])]
+        return k, index - int(self._starts[k])
+
+    def where(self, index: int) -> str:
+        """The sample's place for people."""
+        k, own = self._place(index)
+        return self.tables[k].where(own)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Indices of this epoch's samples (int64, unordered): each table's, weight times."""

@@ -12,9 +12,12 @@ from tunewright.evaluate.metrics import exact_match, token_f1
 from tunewright.models.generate import answer
 from tunewright.objectives import Objective
 from tunewright.recipes import EvaluateConfig
-from tunewright.train.loop import held_out_loss
+from tunewright.train import guard
+from tunewright.train.measure import HeldOut
 
 Tree = dict[str, Any]
+_AT_ONCE = 64
+"""Prompts answered together, unless memory asks for fewer."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Examination:
         """Scores: loss (nats a supervised token), perplexity, exact match and F1 in all and by family."""
         scores: Tree = {}
         if len(self.samples):
-            loss = held_out_loss(model, self.objective, self.samples, self.budget)
+            loss = HeldOut(self.objective, self.samples, self.budget).loss(model)
             scores |= {"loss": loss, "perplexity": exp(min(loss, 700.0))}
         if self.asks:
             answers = self._answers(model, progress)
@@ -47,9 +50,9 @@ class Examination:
     def _answers(self, model: Any, progress: Callable[[int, int], None]) -> list[str]:
         prompts = [row.messages[:-1] for row in self.rows]
         count = len(prompts)
-        return answer(
-            model, self.codec, prompts, self.config.max_new_tokens, progress=lambda n: progress(n, count)
-        )
+        return guard.fitting(_AT_ONCE, 1, lambda size: answer(
+            model, self.codec, prompts, self.config.max_new_tokens, size, lambda n: progress(n, count)
+        ))  # fmt: skip
 
     def _families(self, answers: list[str]) -> Tree:
         names = sorted({row.family for row in self.rows if row.family})

@@ -29,7 +29,7 @@ _LISTED = 200
 
 def write(folder: Path) -> None:
     """``folder/report.html`` from its ``results.json``, ``events.jsonl`` and ``recipe.yaml``."""
-    results = store.read_json(folder / "results.json")
+    results = store.read_record(folder / "results.json")
     log = list(events.read(folder / "events.jsonl"))
     found = charts.histories(log)
     stages = [_stage(s, found.get(s["name"], charts.History())) for s in results["stages"]]

@@ -1,5 +1,6 @@
 """What is trained: one file per method, each a subclass of :class:`Method` beside its ``Config``."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Any, ClassVar
 
 from tunewright.core import plugins
 from tunewright.core.config import Config
-from tunewright.core.errors import DamagedError
-from tunewright.models.load import ModelSource, find, load_model
+from tunewright.core.errors import DamagedError, ModelError, Problem
+from tunewright.methods import _adapter
+from tunewright.models.load import DTYPES, ModelSource, find, load_model
+
+_TRUST = "TUNEWRIGHT_TRUST_REMOTE_CODE"
 
 
 class Method(ABC):
@@ -54,18 +58,44 @@ def kind(name: str) -> type[Method]:
     return plugins.implementation(plugins.load("methods", name), Method)  # type: ignore[type-abstract]
 
 
-def load_adapter(folder: Path, manifest: Mapping[str, Any], precision: str) -> tuple[Any, type[Method]]:
-    """An exported adapter on its base, with the method that knows it."""
-    if "base" not in manifest or "method" not in manifest:
+def foreign_manifest(folder: Path) -> dict[str, Any]:
+    """What our manifest would say of another tool's adapter; ModelError if it cannot be loaded."""
+    return {"base": _adapter.base(folder), "method": "lora", "precision": "fp32"}
+
+
+def load_adapter(
+    folder: Path, manifest: Mapping[str, Any], precision: str, trusted: bool = False
+) -> tuple[Any, type[Method]]:
+    """An exported adapter on its base, with the method that knows it.
+
+    ``trusted`` lets Python code run that comes with the base. DamagedError if the manifest does not say what is
+    needed, ModelError if the adapter or its base cannot be used.
+    """
+    if not all(isinstance(manifest.get(key), str) for key in ("base", "method")):
         raise DamagedError(f"{folder}: the manifest does not name base and method")
-    base = load_model(base_of(manifest), precision)
+    if precision not in DTYPES:
+        raise DamagedError(f"{folder}: the manifest names no precision that there is, but {precision!r}")
+    if (folder / _adapter.CONFIG).exists():
+        _adapter.check(folder)
     method = kind(manifest["method"])
-    return method.load(base, folder), method
+    return method.load(load_model(base_of(manifest, trusted), precision), folder), method
 
 
-def base_of(manifest: Mapping[str, Any]) -> ModelSource:
-    """The base model that an adapter was trained on."""
-    return find(manifest["base"], bool(manifest.get("trust_remote_code")))
+def base_of(manifest: Mapping[str, Any], trusted: bool = False) -> ModelSource:
+    """The base model that an adapter was trained on.
+
+    An adapter may come from anyone: that its manifest trusts the base's code is not the user's word.
+    """
+    trusted = trusted or os.environ.get(_TRUST) == "1"
+    try:
+        return find(manifest["base"], trusted and bool(manifest.get("trust_remote_code")))
+    except ModelError as error:
+        if not manifest.get("trust_remote_code") or trusted:
+            raise
+        fix = f"if code is asked for, read it, then set the environment variable {_TRUST}=1"
+        raise ModelError(
+            [*error.problems, Problem("model", "the adapter was trained with code of its base", fix)]
+        ) from None
 
 
 def stored_dtype(base: str) -> Any:

@@ -1,11 +1,9 @@
 """What can be known of a model without loading it."""
 
-import json
-import struct
+from math import prod
 from pathlib import Path
-from typing import Any
 
-from tunewright.core.errors import ModelError, Problem
+from tunewright.models import files, intact
 from tunewright.models.load import ModelSource
 
 
@@ -13,26 +11,8 @@ def parameter_count(source: ModelSource) -> int | None:
     """Parameters stored in the model's safetensors files, read from their headers; None if not local."""
     if source.folder is None:
         return None
-    headers = [_header(p) for p in source.folder.glob("*.safetensors")]
-    return sum(_size(entry["shape"]) for header in headers for entry in header.values())
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file (8 bytes of length, then JSON)."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        return {name: entry for name, entry in header.items() if name != "__metadata__"}
-    except (struct.error, ValueError, AttributeError):
-        raise ModelError(Problem(str(path), "not a safetensors file", "download it again")) from None
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size
+    headers = map(files.safetensors_header, intact.weight_files(source.folder))
+    return sum(int(prod(entry["shape"])) for header in headers for entry in header.values())
 
 
 def available_memory() -> int:
@@ -54,6 +34,6 @@ def context_length(source: ModelSource) -> int | None:
     """The most tokens the model can attend to, by its config; None if it does not say."""
     if source.folder is None:
         return None
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = files.json_object(source.folder / "config.json")
     length = config.get("max_position_embeddings", config.get("n_positions"))
-    return int(length) if length else None
+    return length if isinstance(length, int) and length else None

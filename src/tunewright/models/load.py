@@ -9,11 +9,17 @@ from typing import Any
 import torch
 
 from tunewright.core import store
-from tunewright.core.errors import ModelError, Problem, nearest
+from tunewright.core.errors import ModelError, Problem, UserError, nearest
+from tunewright.core.paths import given
+from tunewright.core.units import human_bytes
+from tunewright.models import files, intact
 
 BUILTIN = {"pico": Path(str(resources.files("tunewright.models"))) / "pico"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}
 """What weights are held in; fp16 means fp32 weights under an fp16 autocast with a scaled loss."""
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_LONGEST_REASON = 400
+_ANY_SIZE, _TIGHTEST = 64 << 20, 16
 
 
 @dataclass(frozen=True)
@@ -38,40 +44,44 @@ class ModelSource:
 
 
 def find(name: str, trust_remote_code: bool = False) -> ModelSource:
-    """Check that the model exists and can be read; ModelError says what to do if not."""
+    """Check that the model exists, is whole and can be trusted; ModelError says what to do if not."""
     if name.startswith("builtin:"):
         known = name.removeprefix("builtin:")
         if known not in BUILTIN:
             what = f"there is no built-in model {known!r}"
             raise ModelError(Problem("model", what, nearest(known, BUILTIN)))
         return ModelSource(name, str(BUILTIN[known]))
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            what = f"{name} holds no config.json, so it is not a Hugging Face model folder"
-            raise ModelError(
-                Problem("model", what, "give the folder that holds config.json and *.safetensors")
-            )
-        _check_remote_code(path / "config.json", name, trust_remote_code)
+        _check_folder(path, name, trust_remote_code)
         return ModelSource(name, str(path), trust_remote_code)
+    if path.is_file():
+        kind = "an archive, and nothing is unpacked" if path.name.endswith(_ARCHIVES) else "a file"
+        what = f"{name} is {kind}; expected a Hugging Face model folder"
+        raise ModelError(Problem("model", what, "give the folder that holds config.json and *.safetensors"))
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
-            Problem("model", f"there is no folder {name}", "check the path, or use builtin:pico")
+            Problem("model", f"there is no folder {name[:200]}", "check the path, or use builtin:pico")
         )
     return _on_hub(name, trust_remote_code)
 
 
-def _check_remote_code(config: Path, name: str, trusted: bool) -> None:
+def _local(name: str) -> Path:
+    """The name as a path; ModelError if no file can have it."""
     try:
-        tree = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(Problem(str(config), f"not readable as JSON: {error}")) from None
-    if not isinstance(tree, dict):
-        raise ModelError(Problem(str(config), "not a JSON object, so it is no model's config"))
-    wants_code = "auto_map" in tree
-    if wants_code and not trusted:
-        what = f"{name} wants to run its own Python code"
-        raise ModelError(Problem("model", what, "read that code, then set trust_remote_code: true"))
+        return given(name, "model")
+    except UserError as error:
+        raise ModelError(error.problems) from None
+
+
+def _check_folder(path: Path, name: str, trusted: bool) -> None:
+    if not (path / "config.json").is_file():
+        what = f"{name} holds no config.json, so it is not a Hugging Face model folder"
+        raise ModelError(Problem("model", what, "give the folder that holds config.json and *.safetensors"))
+    if (path / "adapter_config.json").exists():
+        what = f"{name} holds an adapter besides the model, and it is not clear which is meant"
+        raise ModelError(Problem("model", what, "move adapter_config.json to a folder of its own"))
+    intact.check(path, name, trusted)
 
 
 def _on_hub(name: str, trust_remote_code: bool) -> ModelSource:
@@ -86,7 +96,7 @@ def _on_hub(name: str, trust_remote_code: bool) -> ModelSource:
         what = f"{name} is neither a folder nor in the model cache, and the hub gave no config.json"
         fix = f"on a connected machine run `hf download {name}` and give its folder, or use builtin:pico"
         raise ModelError(Problem("model", f"{what} ({type(error).__name__})", fix)) from None
-    _check_remote_code(Path(config), name, trust_remote_code)
+    intact.check(Path(config).parent, name, trust_remote_code, partly=True)
     return ModelSource(name, name, trust_remote_code)
 
 
@@ -95,16 +105,36 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     _quiet()
+    if source.folder:
+        intact.check(source.folder, source.name, source.trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(Problem("model", f"{source.name} has no usable tokenizer: {error}")) from None
+        with files.no_collection():
+            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+    except Exception as error:  # whatever the libraries make of a file that is not as they expect it
+        raise ModelError(_unusable(source, error)) from error
     if not tokenizer.is_fast:
         raise ModelError(
             Problem("model", f"{source.name} has no fast tokenizer", "convert it to tokenizer.json")
         )
     tokenizer.model_max_length = 1 << 30  # our own max_length cuts; the library would only warn
     return tokenizer
+
+
+def _unusable(source: ModelSource, error: Exception) -> Problem:
+    """What is wrong with a tokenizer, by its file if that is no JSON."""
+    path = source.folder / "tokenizer.json" if source.folder else None
+    if path and path.is_file():
+        try:
+            with files.no_collection():
+                json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as reason:
+            what = f"not readable as JSON, {path.stat().st_size} bytes: {reason}"
+            return Problem(str(path), what, files.AGAIN)
+    return Problem("model", f"{source.name} has no usable tokenizer: {_brief(error)}", "")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_REASON]
 
 
 def _quiet() -> None:
@@ -118,24 +148,74 @@ def _quiet() -> None:
 def load_model(source: ModelSource, precision: str = "fp32", random_weights: bool = False) -> Any:
     """The causal language model on the best device; its weights come from safetensors only.
 
-    With ``random_weights`` it has the same architecture, freshly initialised.
+    With ``random_weights`` it has the same architecture, freshly initialised. ModelError if the folder is not
+    whole, or lacks weights that the config asks for.
     """
-    from safetensors import SafetensorError
+    _quiet()
+    if source.folder:
+        intact.check(source.folder, source.name, source.trust_remote_code)
+    make = _initialised if random_weights else _stored
+    try:
+        model = make(source, DTYPES[precision])
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the libraries make of a config that is not as they expect it
+        raise ModelError(Problem("model", f"{source.name} cannot be loaded: {_brief(error)}")) from error
+    return model.to(best_device())
+
+
+def _stored(source: ModelSource, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if source.folder and not intact.weight_files(source.folder):
+        what = f"{source.name} cannot be loaded: it holds no *.safetensors"
+        raise ModelError(Problem("model", what, "download its weights, too"))
+    if source.folder:
+        _check_proportion(source, dtype)
+    model, told = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, trust_remote_code=source.trust_remote_code, use_safetensors=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    parameters = {name for name, _ in model.named_parameters()}
+    if missing := sorted(parameters.intersection(told["missing_keys"])):
+        some = ", ".join(missing[:3]) + (" ..." if missing[3:] else "")
+        what = f"{source.name} lacks {len(missing)} of {len(parameters)} weights: {some}"
+        raise ModelError(Problem("model", what, files.AGAIN))
+    return model
+
+
+def _initialised(source: ModelSource, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from tunewright.models.inspect import available_memory
+
+    config, need = _outline(source, dtype)
+    if need > (free := available_memory()):
+        what = (
+            f"{source.name} needs {human_bytes(need)} for its weights, {human_bytes(free)} of memory is free"
+        )
+        raise ModelError(Problem("model", what, "use a smaller model"))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+
+
+def _outline(source: ModelSource, dtype: torch.dtype) -> tuple[Any, int]:
+    """The model's config and the bytes that its weights would take, told without making them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _quiet()
-    code, dtype = source.trust_remote_code, DTYPES[precision]
-    try:
-        if random_weights:
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=code)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=dtype, trust_remote_code=code, use_safetensors=True
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(Problem("model", f"{source.name} cannot be loaded: {error}")) from None
-    return model.to(best_device())
+    code = source.trust_remote_code
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=code)
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
+    return config, sum(p.numel() * p.element_size() for p in outline.parameters())
+
+
+def _check_proportion(source: ModelSource, dtype: torch.dtype) -> None:
+    """ModelError before memory is taken for weights that the files cannot fill, be they packed ever so tightly."""
+    _, need = _outline(source, dtype)
+    stored = sum(path.stat().st_size for path in intact.weight_files(Path(source.path)))
+    if need > max(_ANY_SIZE, _TIGHTEST * stored):
+        what = f"{source.name} has {human_bytes(stored)} of weights, its config describes {human_bytes(need)}"
+        raise ModelError(Problem("model", what, files.AGAIN))
 
 
 def best_device() -> str:
@@ -148,5 +228,5 @@ def fingerprint(source: ModelSource) -> str:
     folder = source.folder
     if folder is None:
         return store.sha256_json(source.path)
-    files = sorted(p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(pattern))
-    return store.sha256_json({p.name: store.sha256_file(p) for p in files if p.name != store.MANIFEST})
+    paths = sorted(p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(pattern))
+    return store.sha256_json({p.name: store.sha256_file(p) for p in paths if p.name != store.MANIFEST})

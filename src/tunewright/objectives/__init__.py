@@ -12,10 +12,22 @@ from tunewright.core.config import Config
 from tunewright.core.errors import Problem
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
+from tunewright.data.tokens import ORIGIN
 
 Sample = dict[str, np.ndarray]
-"""One-dimensional integer arrays by name; ``input_ids`` [T] is always among them."""
+"""One-dimensional integer arrays by name; ``input_ids`` [T] is always among them, and :func:`origin` should be."""
 Batch = dict[str, Tensor]
+
+
+def line_of(where: str) -> int:
+    """The line in a row's ``where``, ``file:line``; 0 if there is none."""
+    line = where.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
+
+
+def origin(where: str) -> Sample:
+    """The line a sample was made from, as a field of it: messages name it."""
+    return {ORIGIN: np.array([line_of(where)], np.int64)}
 
 
 class Objective(ABC):
@@ -43,6 +55,15 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The batch's mean loss per unit of :meth:`weight`, and figures to log."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must keep for this objective: none, unless it says so."""
+        return {}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave. ValueError for tensors that it did not declare."""
+        if state:
+            raise ValueError(f"{type(self).__name__} declares no state, found {', '.join(state)}")
 
 
 def create(choice: Mapping[str, Any], config: Config, codec: ChatCodec) -> Objective:

@@ -9,7 +9,7 @@ from tunewright.core.errors import Problem
 from tunewright.core.units import chunks
 from tunewright.data.rows import Row
 from tunewright.data.template import Tokens
-from tunewright.objectives import Sample
+from tunewright.objectives import Sample, origin
 from tunewright.objectives._causal import Causal
 
 
@@ -36,4 +36,5 @@ class Sft(Causal):
         if not any(tokens.learned[1:]):
             what = f"no assistant token is left within max_length {self.codec.max_length}"
             return Problem(row.where, what, "raise data.max_length or shorten the row")
-        return {"input_ids": np.array(tokens.ids, np.int32), "learned": np.array(tokens.learned, np.uint8)}
+        ids, learned = np.array(tokens.ids, np.int32), np.array(tokens.learned, np.uint8)
+        return {"input_ids": ids, "learned": learned, **origin(row.where)}

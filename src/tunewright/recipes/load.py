@@ -10,11 +10,13 @@ from pydantic import BaseModel, ValidationError
 from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
+from tunewright.recipes import reading
 from tunewright.recipes.schema import Recipe, Stage, as_choice
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
 _RUN_KEYS = ("output", "logs", "stages")
+_DEEPEST_KEY = 20
 _KEYS = (*(key for key in Stage.model_fields if key != "name"), *_RUN_KEYS)
 
 
@@ -23,7 +25,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
 
     Raises RecipeError with every problem of every stage.
     """
-    tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    tree = dict(source) if isinstance(source, Mapping) else reading.read_file(Path(source))
     tree = _override(_spelled_out(tree), _pairs(overrides))
     name = "run" if isinstance(source, Mapping) else Path(source).stem
     found: list[Problem] = []
@@ -39,24 +41,6 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     return recipe.model_copy(update={"stages": tuple(good)})
 
 
-def _read_yaml(path: Path) -> Tree:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = [p.name for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        fix = nearest(path.name, near) if near else "give the path of a YAML file"
-        raise RecipeError(Problem(str(path), "there is no such file", fix)) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(
-            Problem(where, f"not readable as YAML: {getattr(error, 'problem', error)}")
-        ) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(Problem(str(path), f"a recipe is a mapping, found {type(tree).__name__}"))
-    return tree
-
-
 def _pairs(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
     if isinstance(overrides, Mapping):
         return [pair for key, value in overrides.items() for pair in _flat(key, value)]
@@ -65,10 +49,9 @@ def _pairs(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any]
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise RecipeError(Problem(text, "an override is written key=value", "for example train.lr=1e-4"))
-        try:
-            pairs.append((key, yaml.safe_load(value) if value else ""))
-        except yaml.YAMLError:
-            raise RecipeError(Problem(text, "the value is not readable as YAML")) from None
+        if key.count(".") > _DEEPEST_KEY:
+            raise RecipeError(Problem(text[:80], "no option lies that deep", "for example train.lr=1e-4"))
+        pairs.append((key, reading.parse(value, text[:80]) if value else ""))
     return pairs
 
 

@@ -88,6 +88,8 @@ class TrainConfig(Config):
     """End with the weights of the lowest held-out loss, where eval_every measured several."""
     save_every: int = Field(200, ge=0)
     """Steps between checkpoints; 0 is only at the end."""
+    on_spike: Literal["skip", "learn"] = "skip"
+    """skip passes over a batch whose loss stands far out from those before it; learn takes it as it is."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept (the best is kept besides)."""
     seed: int = Field(0, ge=0)
@@ -135,7 +137,7 @@ Data = Annotated[DataConfig, BeforeValidator(as_data, json_schema_input_type=str
 class Stage(Config):
     """One training stage: a model, data, and the choice of method, objective and precision."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9_-]*$")
+    name: str = Field("", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")
     """Name of the stage's folder; the objective's name if not given."""
     model: str
     """builtin:pico, a Hugging Face folder, a hub id, or stage:NAME for an earlier stage's result."""

@@ -6,11 +6,14 @@ from typing import Any
 
 from tunewright import methods
 from tunewright.core import store
-from tunewright.core.errors import ModelError, Problem
+from tunewright.core.errors import DamagedError, ModelError, Problem
+from tunewright.core.paths import check_plain, given, inside
 from tunewright.data.rows import Message
 from tunewright.data.template import ChatCodec
 from tunewright.models.generate import answer, context_length
-from tunewright.models.load import ModelSource, find, load_model, load_tokenizer
+from tunewright.models.load import DTYPES, ModelSource, find, load_model, load_tokenizer
+
+Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Speaker:
 
 
 def artifact_of(name: str) -> Path | None:
-    """The adapter or model folder that a run folder, its stage or the folder itself names; else None."""
-    path = Path(name).expanduser()
+    """The adapter or model folder that a run folder, its stage or the folder itself names; else None.
+
+    UserError if no file can have the name, or the run names a folder outside of itself.
+    """
+    path = given(name, "model")
     if (path / "results.json").is_file():
-        last = store.read_json(path / "results.json")["stages"][-1]
-        return path / str(last["artifact"])
+        return result_of(path)
     if (path / "stages").is_dir():
         what = f"{name} is a run that has not finished"
         raise ModelError(Problem("model", what, f"finish it: tunewright run {path / 'recipe.yaml'}"))
@@ -42,11 +47,27 @@ def artifact_of(name: str) -> Path | None:
     return path if (path / "adapter_config.json").is_file() else None
 
 
+def result_of(run: Path) -> Path:
+    """The last stage's adapter or model folder in the folder of a finished run."""
+    results = run / "results.json"
+    try:
+        name = store.read_json(results)["stages"][-1]["artifact"]
+    except (KeyError, IndexError, TypeError):
+        name = None
+    if not isinstance(name, str):
+        raise DamagedError(f"{results}: it names no stage's artifact")
+    return inside(run, name, str(results))
+
+
 def load(name: str, precision: str = "", template: str = "auto") -> Speaker:
     """Whatever ``name`` is, ready to answer. ModelError if it is nothing of ours or Hugging Face's."""
     folder = artifact_of(name)
+    if folder and folder.is_dir():
+        check_plain(folder, "model")
     if folder and (folder / "adapter_config.json").is_file():
         return _adapter(folder, precision, template)
+    if folder and (folder / store.MANIFEST).is_file():
+        store.verify(folder)
     source = find(str(folder) if folder else name)
     model = load_model(source, precision or "fp32")
     codec = ChatCodec(load_tokenizer(source), template, context_length(model))
@@ -54,13 +75,22 @@ def load(name: str, precision: str = "", template: str = "auto") -> Speaker:
 
 
 def _adapter(folder: Path, precision: str, template: str) -> Speaker:
-    if (folder / store.MANIFEST).is_file():
-        manifest = store.verify(folder)
-    else:  # another tool's adapter: PEFT's config names the base
-        manifest = {"base": store.read_json(folder / "adapter_config.json")["base_model_name_or_path"],
-                    "method": "lora", "precision": "fp32"}  # fmt: skip
+    manifest = _manifest(folder)
     model, method = methods.load_adapter(folder, manifest, precision or manifest["precision"])
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     own = ModelSource(str(folder), str(folder))
     tokenizer = load_tokenizer(own if has_tokenizer else methods.base_of(manifest))
     return Speaker(model, ChatCodec(tokenizer, template, context_length(model)), method, manifest["base"])
+
+
+def _manifest(folder: Path) -> Tree:
+    """What the adapter says of itself: its base, method and precision. DamagedError if one is none."""
+    manifest = (
+        store.verify(folder) if (folder / store.MANIFEST).is_file() else methods.foreign_manifest(folder)
+    )
+    wrong = [key for key in ("base", "method", "precision") if not isinstance(manifest.get(key), str)]
+    if not wrong and manifest["precision"] not in DTYPES:
+        wrong = ["precision"]
+    if wrong:
+        raise DamagedError(f"{folder}: it does not name its {' and '.join(wrong)}")
+    return manifest

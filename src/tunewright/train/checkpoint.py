@@ -1,62 +1,127 @@
 """Checkpoints: weights, moments and state of one step, complete or absent."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tunewright.core import store
+from tunewright.core.errors import DamagedError
 from tunewright.train.optimizer import MasterAdamW
 from tunewright.train.state import TrainState
 
 _STEP = "step-{:08d}"
-_BEST = "best"
+_BEST = "best-{:08d}"
+_DAMAGED = "damaged-{}"
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was found: the state of the newest whole checkpoint, if any, and what the newer ones suffered."""
+
+    state: TrainState | None
+    objective: Tensors = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
 
 
 class Checkpoints:
-    """The checkpoints of one stage; the newest ``keep`` stay, and the best weights besides."""
+    """The checkpoints of one stage; the newest ``keep`` stay, and the best weights besides if those are wanted."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_best: bool = False) -> None:
+        self.folder, self.keep, self.keep_best = folder, keep, keep_best
 
-    def save(self, optimizer: MasterAdamW, state: TrainState) -> Path:
-        """Write this step's checkpoint, then remove the oldest beyond ``keep``."""
+    def save(self, optimizer: MasterAdamW, state: TrainState, objective: Tensors | None = None) -> Path:
+        """Write this step's checkpoint, then remove what it makes needless."""
         path = self.folder / _STEP.format(state.step)
-        with store.artifact(path) as partial:
+        with store.artifact(path, step=state.step, best=state.best_step if self.keep_best else 0) as partial:
             _save(optimizer.weights(), partial / "trainable.safetensors")
             _save(optimizer.state(), partial / "optimizer.safetensors")
+            if objective:
+                _save(objective, partial / "objective.safetensors")
             store.write_json(partial / "state.json", state.to_json())
-        for old in self._steps()[: -self.keep]:
-            shutil.rmtree(old)
+        self._prune()
         return path
 
     def save_best(self, optimizer: MasterAdamW, state: TrainState) -> None:
-        """Keep these weights as the best so far."""
-        with store.artifact(self.folder / _BEST, step=state.step) as partial:
+        """Keep these weights as the best so far. The best before stays until a checkpoint knows of these."""
+        with store.artifact(self.folder / _BEST.format(state.step), step=state.step) as partial:
             _save(optimizer.weights(), partial / "trainable.safetensors")
 
-    def restore(self, optimizer: MasterAdamW) -> TrainState | None:
-        """Load the newest checkpoint whose every byte is as written; None if there is none."""
-        whole = next((p for p in reversed(self._steps()) if store.is_complete(p)), None)
-        if whole is None:
-            return None
-        optimizer.set_weights(load_file(whole / "trainable.safetensors"))
-        optimizer.set_state(load_file(whole / "optimizer.safetensors"))
-        return TrainState.from_json(store.read_json(whole / "state.json"))
+    def _prune(self) -> None:
+        for old in self.steps()[: -self.keep]:
+            store.remove(old)
+        counted_on = {best_of(path) for path in self.steps()}
+        for best in sorted(self.folder.glob("best-*")):
+            if best not in counted_on:
+                store.remove(best)
 
-    def restore_best(self, optimizer: MasterAdamW) -> None:
-        """Load the best weights; DamagedError if they are not as written."""
-        store.verify(self.folder / _BEST)
-        optimizer.set_weights(load_file(self.folder / _BEST / "trainable.safetensors"))
+    def restore(self, optimizer: MasterAdamW, before: int | None = None) -> Restored:
+        """Load the newest checkpoint (of a step below ``before``) whose every byte is as written.
 
-    def clear(self) -> None:
-        """Remove all of them: the stage is finished and its result is saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        Newer ones that are damaged are put aside under another name, so that they are not counted among those
+        that are kept.
+        """
+        damaged: list[str] = []
+        for path in reversed(self.steps()):
+            if before is not None and step_of(path) >= before:
+                continue
+            try:
+                state = self._verified(path)
+            except DamagedError as error:
+                damaged.append(str(error))
+                self._put_aside(path)
+                continue
+            return self._load(path, state, optimizer, tuple(damaged))
+        return Restored(None, damaged=tuple(damaged))
 
-    def _steps(self) -> list[Path]:
+    def _verified(self, path: Path) -> TrainState:
+        """A checkpoint's state, if its bytes and those of the best weights it counts on are as written."""
+        store.verify(path)
+        state = TrainState.from_json(store.read_json(path / "state.json"))
+        if self.keep_best and state.best_step:
+            store.verify(self.folder / _BEST.format(state.best_step))
+        return state
+
+    def _load(
+        self, path: Path, state: TrainState, optimizer: MasterAdamW, damaged: tuple[str, ...]
+    ) -> Restored:
+        optimizer.set_weights(load_file(path / "trainable.safetensors"))
+        optimizer.set_state(load_file(path / "optimizer.safetensors"))
+        declared = path / "objective.safetensors"
+        objective = load_file(declared) if declared.exists() else {}
+        return Restored(state, objective, damaged)
+
+    def _put_aside(self, path: Path) -> None:
+        aside = path.with_name(_DAMAGED.format(path.name))
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+    def restore_best(self, optimizer: MasterAdamW, step: int) -> None:
+        """Load the best weights, those of ``step``; DamagedError if they are not as written."""
+        store.verify(self.folder / _BEST.format(step))
+        optimizer.set_weights(load_file(self.folder / _BEST.format(step) / "trainable.safetensors"))
+
+    def steps(self) -> list[Path]:
+        """The checkpoints' folders, oldest first."""
         return sorted(self.folder.glob("step-*"))
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def step_of(path: Path) -> int:
+    """The step a checkpoint's folder names."""
+    return int(path.name.partition("-")[2])
+
+
+def best_of(path: Path) -> Path | None:
+    """The best weights that a checkpoint counts on, if any."""
+    try:
+        step = store.facts(path).get("best", 0)
+    except DamagedError:
+        return None
+    return path.with_name(_BEST.format(step)) if step else None
+
+
+def _save(tensors: Tensors, path: Path) -> None:
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)

@@ -1,32 +1,48 @@
 """The training loop. Methods decide what has gradients, objectives what the loss is; all else is here."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tunewright.core.errors import DivergedError
+from tunewright.core.errors import DivergedError, HardwareError, Problem
 from tunewright.core.events import EventLog
 from tunewright.core.rng import derive
 from tunewright.core.units import peak_memory_bytes
-from tunewright.data.batching import BatchPlan, cut
-from tunewright.data.tokens import Mixture, Sample, take
+from tunewright.data.tokens import Mixture, Sample
 from tunewright.fast import regional_compile
-from tunewright.objectives import Batch, Objective
+from tunewright.objectives import Objective
 from tunewright.recipes import TrainConfig
-from tunewright.train.checkpoint import Checkpoints
+from tunewright.train import guard, ledger
+from tunewright.train.checkpoint import Checkpoints, Restored
+from tunewright.train.feed import Feed
+from tunewright.train.measure import HeldOut
 from tunewright.train.optimizer import MasterAdamW
 from tunewright.train.schedule import rate
 from tunewright.train.state import TrainState
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """A global batch seen: its mean loss, the objective's figures, how much of it was supervised."""
+
+    loss: float
+    metrics: dict[str, float]
+    weight: float
+
+
 @dataclass
 class Trainer:
-    """One stage's training: ``run`` goes from the newest checkpoint to the last step."""
+    """One stage's training: ``run`` goes from the newest checkpoint to the last step.
+
+    ``folder`` gets ``checkpoints/`` and the ledger of samples.
+    """
 
     model: Any
     objective: Objective
@@ -35,16 +51,20 @@ class Trainer:
     config: TrainConfig
     precision: str
     log: EventLog
-    checkpoints: Checkpoints
+    folder: Path
     default_lr: float
+    preemption: guard.Preemption = field(default_factory=guard.Preemption)
 
     def __post_init__(self) -> None:
         self.optimizer = MasterAdamW(self.model, self.config, self.config.lr or self.default_lr)
-        seed, budget = self.config.seed, self.config.tokens_per_batch
-        self.plan = BatchPlan(self.data.epoch, self.data.lengths, budget, seed)
-        self.steps = self.config.max_steps or self.plan.steps(self.config.epochs)
+        self.feed = Feed(self.data, self.objective, self.config, self.device)
+        keep_best = self.config.restore_best and self.config.eval_every > 0
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep, keep_best)
+        self.ledger = ledger.Ledger(self.folder / "samples.jsonl")
+        self.steps = self.feed.steps
         self.state = TrainState()
         self._saved = 0
+        self.held_out = HeldOut(self.objective, self.valid, self.config.tokens_per_batch)
 
     @property
     def device(self) -> torch.device:
@@ -53,37 +73,67 @@ class Trainer:
         return device
 
     def run(self) -> TrainState:
-        """Train to the end (or to an early stop), restore the best weights, return the final state."""
+        """Train to the end (or to an early stop), restore the best weights, return the final state.
+
+        Raises:
+            DivergedError: a number is not finite, or the loss does not come back from a spike.
+            HardwareError: not even one sample fits in memory.
+            InterruptedRunError: a signal came; the checkpoint of the last step is saved.
+        """
         torch.set_flush_denormal(True)
         try:
-            return self._run()
+            with self.preemption.patient():
+                self._resume()
+                self._prepare()
+                self._train()
+            self._restore_best()
         finally:
             torch.set_flush_denormal(False)
+        return self.state
 
-    def _run(self) -> TrainState:
-        self._resume()
-        self._prepare()
+    def _train(self) -> None:
         began, before = time.monotonic(), self.state.seconds
         self._began, self._tokens_before = began, self.state.tokens
-        for indices in self.plan.start_at(self.state.step):
-            if self._finished():
+        for indices in self.feed.from_step(self.state.step):
+            if self._finished() or self.preemption.asked:
                 break
             self._step(indices)
             self.state.seconds = before + time.monotonic() - began
             self._after_step()
         if self._saved != self.state.step:
             self._save()
-        self._restore_best()
-        return self.state
 
     def _resume(self) -> None:
         restored = self.checkpoints.restore(self.optimizer)
-        if restored:
-            self.state, self._saved = restored, restored.step
-            self.log.emit("resume", step=restored.step)
+        self._tell_damage(restored)
+        if restored.state:
+            self.state, self._saved = restored.state, restored.state.step
+            self.objective.set_state(restored.objective)
+            self.held_out.budget = self.state.eval_tokens or self.held_out.budget
+            self.log.emit("resume", step=self.state.step)
+        self._check_ledger()
+
+    def _tell_damage(self, restored: Restored) -> None:
+        for damage in restored.damaged:
+            self.log.emit("damaged", what=damage)
+
+    def _check_ledger(self) -> None:
+        """Steps that the ledger lost follow from the seed: written again, and told."""
+        known = ledger.read(self.ledger.path)
+        lost = set(range(1, self.state.step + 1)) - known.keys()
+        if not lost:
+            return
+        steps: ledger.Steps = {}
+        for step, indices in zip(range(1, self.state.step + 1), self.feed.from_step(0), strict=False):
+            samples = [] if step in self.state.untaught else [int(i) for i in indices]
+            steps[step] = known.get(step, samples)
+        self.ledger.mend(steps)
+        self.log.emit("damaged", what=f"{self.ledger.path}: {len(lost)} steps were lost; written again")
 
     def _prepare(self) -> None:
         self.model.train()
+        if bad := self._bad_weights():
+            raise DivergedError(f"the model to start from is not finite: {_few(bad)}")
         if self.config.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
@@ -91,41 +141,82 @@ class Trainer:
             self.model.enable_input_require_grads()
         if self.config.compile:
             regional_compile.apply(self.model)
+        self._rehearse()
         share = {"padding_share": self.padding_share()}
         self.log.emit("train", steps=self.steps, step=self.state.step, samples=len(self.data), **share)
 
+    def _rehearse(self) -> None:
+        """Do once, before the first step, what will need most memory: learn from the widest micro-batch, measure
+        on held-out samples. If either does not fit, it is cut smaller now and not after hours.
+        """
+        if self._finished():
+            return
+        declared = {name: tensor.clone() for name, tensor in self.objective.state().items()}
+        self._fitted(lambda budget: self._accumulate([self.feed.widest(budget)]))
+        self.optimizer.drop()
+        self.objective.set_state(declared)
+        if self.config.eval_every and len(self.held_out):
+            self.held_out.rehearse(self.model, self._tell_smaller)
+
     def padding_share(self) -> float:
         """Padded positions of the first epoch as a share of all."""
-        batches = self.plan.batches(0)
-        micro = [m for b in batches for m in self._micro_batches(b)]
-        padded = sum(len(m) * int(self.data.lengths[m].max()) for m in micro)
-        return 1.0 - sum(int(self.data.lengths[b].sum()) for b in batches) / padded
+        return self.feed.padding_share(self._budget)
+
+    @property
+    def _budget(self) -> int:
+        """Tokens in one forward pass."""
+        return self.state.micro_tokens or self.config.micro_tokens or self.config.tokens_per_batch
 
     def _finished(self) -> bool:
         patience = self.config.early_stop
         return self.state.step >= self.steps or bool(patience and self.state.evals_since_best >= patience)
 
-    def _micro_batches(self, indices: np.ndarray) -> list[np.ndarray]:
-        return cut(indices, self.data.lengths, self.config.micro_tokens or self.config.tokens_per_batch)
-
     def _step(self, indices: np.ndarray) -> None:
-        """One optimizer step on one global batch, in as many forward passes as micro_tokens asks for."""
-        batches = [self._batch(list(take(self.data, m))) for m in self._micro_batches(indices)]
-        weights = [self.objective.weight(b) for b in batches]
-        loss, metrics = self._accumulate(batches, weights)
-        if not np.isfinite(loss):
-            raise DivergedError(
-                f"the loss at step {self.state.step + 1} is {loss}; nothing was updated with it"
-            )
+        """One optimizer step on one global batch, in as many forward passes as fit in memory."""
+        seen = self._fitted(lambda budget: self._accumulate(self.feed.micro_batches(indices, budget)))
+        if not math.isfinite(seen.loss):
+            self._stop_at("loss", indices)
         factor = rate(self.config, self.state.step, self.steps)
-        norm = self._update(factor)
-        self.state.step += 1
-        self.state.tokens += int(self.data.lengths[indices].sum())
-        self.state.learned_tokens += int(sum(weights))
-        self._emit_step(loss, norm, factor, metrics)
+        norm = self.optimizer.gather(self._scale)
+        overflowed = not math.isfinite(norm)
+        if overflowed and (self.precision != "fp16" or self.state.loss_scale <= 1.0):
+            self._stop_at("gradient", indices)
+        if self.config.on_spike == "skip" and guard.is_spike(self.state.recent, seen.loss):
+            self._pass_over(indices, seen.loss)
+            return
+        self._update(factor, overflowed)
+        self.state.learned(seen.loss)
+        self._count(indices, seen)
+        self.ledger.learned(self.state.step, [] if overflowed else indices)
+        self._emit_step(seen, None if overflowed else norm, factor)
 
-    def _accumulate(self, batches: list[Batch], weights: list[float]) -> tuple[float, dict[str, float]]:
+    def _count(self, indices: np.ndarray, seen: _Pass) -> None:
+        self.state.step += 1
+        self.state.tokens += self.feed.tokens(indices)
+        self.state.learned_tokens += int(seen.weight)
+
+    def _fitted(self, work: Callable[[int], _Pass]) -> _Pass:
+        """The pass at the micro-batch size in use, or at the largest half of it that memory allows."""
+
+        def tell(budget: int) -> None:
+            self.optimizer.drop()
+            self.state.micro_tokens = budget
+            self.log.emit("out-of-memory", step=self.state.step + 1, micro_tokens=budget)
+
+        longest = int(self.data.lengths.max())
+        try:
+            return guard.fitting(self._budget, 1, work, tell)
+        except (RuntimeError, MemoryError) as error:
+            if not guard.is_out_of_memory(error):
+                raise
+            what = f"one sample alone is too much for the memory; the longest has {longest} tokens"
+            fix = "lower data.max_length, or set train.gradient_checkpointing: true"
+            raise HardwareError(Problem("train", what, fix)) from error
+
+    def _accumulate(self, micro_batches: Sequence[np.ndarray]) -> _Pass:
         """Gradients of the mean over the whole global batch: each part counts by its weight."""
+        batches = [self.feed.batch(indices) for indices in micro_batches]
+        weights = [self.objective.weight(b) for b in batches]
         whole, loss = sum(weights), 0.0
         metrics: dict[str, float] = {}
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
@@ -134,81 +225,127 @@ class Trainer:
                 part, metrics = self.objective.loss(self.model, batch)
             (part * (weight / whole * self._scale)).backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach()) * weight / whole
-        return loss, metrics
+        return _Pass(loss, metrics, whole)
 
-    def _update(self, factor: float) -> float:
-        """Clip and step; returns the gradient norm. Under fp16 an overflow skips the update."""
-        try:
-            norm = self.optimizer.gather(self._scale)
-        except DivergedError:
-            if self.precision != "fp16":
-                raise
+    def _update(self, factor: float, overflowed: bool) -> None:
+        """One step of the optimizer. Under fp16 an overflow skips it and lowers the loss scale."""
+        if bad := self.optimizer.not_finite():
+            raise DivergedError(f"step {self.state.step + 1}: not finite: {_few(bad)}; nothing was updated")
+        if overflowed:
             self.optimizer.drop()
-            self.state.rescale(overflowed=True)
-            return float("inf")
-        self.optimizer.step(factor)
+        else:
+            self.optimizer.step(factor)
         if self.precision == "fp16":
-            self.state.rescale(overflowed=False)
-        return norm
+            self.state.rescale(overflowed)
+
+    def _stop_at(self, what: str, indices: np.ndarray) -> None:
+        """DivergedError that names the tensors at fault, else the samples."""
+        bad = self.optimizer.not_finite() or self._bad_weights()
+        gradients = [f"gradient of {name}" for name in self.optimizer.bad_gradients()]
+        samples = "" if bad else f"; samples: {self.feed.names(self._culprits(indices))}"
+        named = _few(bad or gradients) or what
+        raise DivergedError(
+            f"step {self.state.step + 1}: the {what} is not finite ({named}{samples}); nothing was updated"
+        )
+
+    def _bad_weights(self) -> list[str]:
+        return guard.not_finite((f"weight {n}", p.detach()) for n, p in self.model.named_parameters())
+
+    def _culprits(self, indices: np.ndarray) -> np.ndarray:
+        """The samples that alone give a loss or gradient that is not finite; all of them if none does."""
+        found = []
+        for index in indices:
+            self.optimizer.drop()
+            seen = self._accumulate([np.array([index])])
+            if not math.isfinite(seen.loss) or self.optimizer.bad_gradients():
+                found.append(index)
+        self.optimizer.drop()
+        return np.array(found) if found else indices
+
+    def _pass_over(self, indices: np.ndarray, loss: float) -> None:
+        """The loss stands out: the batch is not learned from. Several in a row are the weights' fault."""
+        self.optimizer.drop()
+        self.state.step += 1
+        self.state.passed_over()
+        self.ledger.skipped(self.state.step, indices)
+        names = self.feed.names(indices)
+        self.log.emit("spike", step=self.state.step, loss=loss, recent=self.state.recent[-1], samples=names)
+        if self.state.spikes >= guard.PATIENCE:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Go back to the weights before the spikes, and past the batches that led there."""
+        restored = None
+        if self.state.rollbacks < guard.ROLLBACKS:
+            last = self.state.step - self.state.spikes  # the step whose update is to be undone
+            restored = self.checkpoints.restore(self.optimizer, before=last)
+            self._tell_damage(restored)
+        if restored is None or restored.state is None:
+            raise DivergedError(
+                f"step {self.state.step}: {self.state.spikes} losses in a row stand far out and "
+                f"{self.state.rollbacks} rollbacks were made; lower train.lr, or train.save_every to have a "
+                "checkpoint to go back to; train.on_spike: learn takes them as they are"
+            )
+        self.objective.set_state(restored.objective)
+        self.state.recent, self.state.spikes = restored.state.recent, 0
+        self.state.rollbacks += 1
+        self.state.untaught += range(restored.state.step + 1, self.state.step + 1)
+        self.ledger.rolled_back(self.state.step, restored.state.step)
+        self.log.emit("rollback", step=self.state.step, to=restored.state.step)
+        self._save()
 
     @property
     def _scale(self) -> float:
         return self.state.loss_scale if self.precision == "fp16" else 1.0
 
-    def _batch(self, samples: list[Sample]) -> Batch:
-        return {k: v.to(self.device) for k, v in self.objective.collate(samples).items()}
-
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.float16) if self.precision == "fp16" else nullcontext()
 
-    def _emit_step(self, loss: float, norm: float, factor: float, metrics: dict[str, float]) -> None:
+    def _emit_step(self, seen: _Pass, norm: float | None, factor: float) -> None:
         tokens = self.state.tokens - self._tokens_before
         self.log.emit(
-            "step", step=self.state.step, steps=self.steps, loss=loss,
-            grad_norm=norm if np.isfinite(norm) else None,
+            "step", step=self.state.step, steps=self.steps, loss=seen.loss, grad_norm=norm,
             lr=self.optimizer.lr * factor, tokens=self.state.tokens, memory=peak_memory_bytes(),
-            tokens_per_second=tokens / max(1e-9, time.monotonic() - self._began), **metrics,
+            tokens_per_second=tokens / max(1e-9, time.monotonic() - self._began), **seen.metrics,
         )  # fmt: skip
 
     def _after_step(self) -> None:
         every, step = self.config, self.state.step
-        if every.eval_every and step % every.eval_every == 0 and len(self.valid):
+        if every.eval_every and step % every.eval_every == 0 and len(self.held_out):
             loss = self.held_out_loss()
             best = self.state.measured(loss)
             self.log.emit("eval", step=step, loss=loss, best=best)
             if best and every.restore_best:
                 self.checkpoints.save_best(self.optimizer, self.state)
-        if every.save_every and step % every.save_every == 0:
-            self._save()
+        if every.save_every and step % every.save_every == 0 and not self.state.spikes:
+            self._save()  # while spikes come in a row, those from before them are kept
 
     def _save(self) -> None:
-        path = self.checkpoints.save(self.optimizer, self.state)
+        """A checkpoint of this step, unless it would keep numbers that nothing can go on from."""
+        if self._saved == self.state.step:
+            return
+        if bad := self.optimizer.not_finite():
+            raise DivergedError(
+                f"step {self.state.step}: not finite: {_few(bad)}; no checkpoint of it is kept"
+            )
+        path = self.checkpoints.save(self.optimizer, self.state, self.objective.state())
         self._saved = self.state.step
         self.log.emit("checkpoint", step=self.state.step, path=path.name)
 
     def _restore_best(self) -> None:
         """Without ``eval_every`` nothing was measured, and the last weights are the result."""
         if self.config.restore_best and 0 < self.state.best_step < self.state.step:
-            self.checkpoints.restore_best(self.optimizer)
+            self.checkpoints.restore_best(self.optimizer, self.state.best_step)
             self.log.emit("restore", step=self.state.best_step, loss=self.state.best_loss)
 
     def held_out_loss(self) -> float:
         """Mean loss over the held-out samples, in nats per supervised token."""
-        return held_out_loss(self.model, self.objective, self.valid, self.config.tokens_per_batch)
+        return self.held_out.loss(self.model, self._tell_smaller)
+
+    def _tell_smaller(self, budget: int) -> None:
+        self.state.eval_tokens = budget
+        self.log.emit("out-of-memory", step=self.state.step, eval_tokens=budget)
 
 
-@torch.no_grad()
-def held_out_loss(model: Any, objective: Objective, samples: Sequence[Sample], budget: int) -> float:
-    """Mean loss in nats per supervised token, over batches of at most ``budget`` tokens."""
-    lengths = np.array([len(s["input_ids"]) for s in samples])
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total = weights = 0.0
-    for indices in cut(np.argsort(lengths, kind="stable"), lengths, budget):
-        batch = {k: v.to(device) for k, v in objective.collate(list(take(samples, indices))).items()}
-        weight = objective.weight(batch)
-        total += float(objective.loss(model, batch)[0]) * weight
-        weights += weight
-    model.train(was_training)
-    return total / weights
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

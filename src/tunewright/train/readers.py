@@ -49,11 +49,24 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "skipped": lambda e: f"left out {e['count']} rows, among them:\n  " + "\n  ".join(e["rows"]),
     "measure": lambda e: f"{e['when']}: {_scores(e)}",
     "eval": lambda e: f"step {e['step']}: held-out loss {e['loss']:.4f}{' (best)' if e['best'] else ''}",
+    "damaged": lambda e: f"damaged: {e['what']}",
+    "drift": lambda e: "inputs differ from those of the run so far:\n  " + "\n  ".join(e["differences"]),
+    "spike": lambda e: (
+        f"step {e['step']}: loss {e['loss']:.4f} after {e['recent']:.4f}: passed over ({e['samples']})"
+    ),
+    "rollback": lambda e: f"step {e['step']}: back to the weights of step {e['to']}",
+    "out-of-memory": lambda e: f"out of memory: going on with {_part(e)}",
     "resume": lambda e: f"resumed from the checkpoint of step {e['step']}",
     "restore": lambda e: f"the weights of step {e['step']} are kept (held-out loss {e['loss']:.4f})",
     "reuse": lambda e: f"stage {e['stage']} is finished and its inputs are the same: reused",
     "saved": lambda e: f"saved {e['path']} ({human_bytes(e['bytes'])})",
 }
+
+
+def _part(event: Event) -> str:
+    if "micro_tokens" in event:
+        return f"{event['micro_tokens']} tokens in one forward pass; the batch of a step stays the same"
+    return f"{event['eval_tokens']} tokens at a time in evaluation"
 
 
 def event_line(event: Event) -> str:

@@ -1,0 +1,93 @@
+"""One folder, one owner. The lock belongs to the process and goes with it, however it ends."""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tunewright.core import store
+from tunewright.core.errors import BusyError, Problem, UserError
+
+OWNER = ".owner"
+
+
+@contextmanager
+def sole_owner(folder: Path, where: str = "output") -> Iterator[None]:
+    """Make the folder if need be, and own it.
+
+    Raises:
+        BusyError: another process does.
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / OWNER).open("a+")
+    except OSError as error:
+        what = f"{str(folder)[:200]!r} cannot be written ({error.strerror})"
+        raise UserError(Problem(where, what, "give another folder")) from None
+    except ValueError as error:
+        raise UserError(
+            Problem(where, f"{str(folder)!r} is no path ({error})", "give another folder")
+        ) from None
+    with file:
+        _take(file, folder, where)
+        yield
+
+
+def _take(file: Any, folder: Path, where: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _busy(folder, where, _told(file)) from None
+    if not _is_at(file, folder / OWNER):  # the folder was moved aside between open and lock
+        raise _busy(folder, where, "has just been moved aside")
+    owner = {"process": os.getpid(), "host": platform.node(), "since": time.time()}
+    with store.storing(folder / OWNER):  # unbuffered, so that closing it cannot fail again
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), json.dumps(owner).encode())
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _told(file: Any) -> str:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+        return f"is being written by process {owner['process']} on {owner['host']}"
+    except ValueError:  # the owner is just about to write its name
+        return "is being written by another process"
+
+
+def _busy(folder: Path, where: str, what: str) -> BusyError:
+    fix = "wait until it is done or stop it, or give another output=FOLDER"
+    return BusyError(Problem(where, f"{folder} {what}", fix))
+
+
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait until no one else is within, of all that use this lock file."""
+    with store.storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a process owns the folder now."""
+    if not (folder / OWNER).is_file():
+        return False
+    with (folder / OWNER).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,111 @@
+"""An adapter folder in PEFT's format, told from its files before PEFT reads it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunewright.core.errors import ModelError, Problem
+from tunewright.models import files, intact
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
+_PLAIN = re.compile(r"\^?(?:\w|-|\\?\.)+\$?")
+_UNSUPPORTED = ("megatron_config", "layer_replication")
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The adapter's config. ModelError with everything that speaks against loading it."""
+    path = folder / CONFIG
+    intact.check_place(folder, path)
+    config, ranks = files.json_object(path), _ranks(folder)
+    found = [*_kind(config), *_numbers(config, max(ranks.values())), *_names(config)]
+    if found:
+        raise ModelError(Problem(str(path), what, fix) for what, fix in found)
+    return config
+
+
+def base(folder: Path) -> str:
+    """The base model that another tool's adapter names; ModelError if it names none."""
+    name = check(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or "://" in name:
+        what = f"base_model_name_or_path is {str(name)[:80]!r}, expected a folder or a hub id"
+        raise ModelError(Problem(str(folder / CONFIG), what, "write the base model there"))
+    return name
+
+
+def header(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of the adapter's weights."""
+    path = folder / WEIGHTS
+    if not path.exists():
+        what = "no adapter_model.safetensors; pickled weights (.bin) can run code and are not read"
+        files.refuse(folder, what, "save the adapter as safetensors")
+    intact.check_place(folder, path)
+    return files.safetensors_header(path)
+
+
+def modules(folder: Path) -> list[str]:
+    """The names of the adapted modules, as the weights have them."""
+    return sorted(_ranks(folder))
+
+
+def _ranks(folder: Path) -> dict[str, int]:
+    """Each adapted module's rank."""
+    ranks = {}
+    for name, entry in header(folder).items():
+        if name.startswith(_PREFIX) and (found := _FACTOR.search(name)) and entry["shape"]:
+            sides = entry["shape"]
+            ranks[name[len(_PREFIX) : found.start()]] = sides[0]
+    if not ranks:
+        files.refuse(folder / WEIGHTS, "holds no LoRA weights")
+    return ranks
+
+
+def _kind(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if config.get("peft_type") != "LORA":
+        yield f"an adapter of the type {str(config.get('peft_type'))[:80]!r}", "only LORA can be loaded"
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if library is not None and not str(library).startswith("transformers."):
+        what = f"wants to run its own Python code (auto_mapping names {str(library)[:80]!r})"
+        yield what, "read that code, then drop auto_mapping"
+    yield from ((f"{key} is not supported", "drop that key") for key in _UNSUPPORTED if config.get(key))
+
+
+def _numbers(config: dict[str, Any], most: int) -> Iterator[tuple[str, str]]:
+    """Ranks no larger than the weights have them, and scales that are numbers."""
+    patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            yield f"{key} is {type(pattern).__name__}, expected an object", files.AGAIN
+            return
+    for rank in (config.get("r"), *patterns["rank_pattern"].values()):
+        if type(rank) is not int or not 1 <= rank <= most:
+            yield f"a rank of {str(rank)[:40]!r}, its weights have at most {most}", files.AGAIN
+    for number in (config.get("lora_alpha"), config.get("lora_dropout"), *patterns["alpha_pattern"].values()):
+        if type(number) not in (int, float) or not 0 <= number < 1e6:
+            yield f"a scale or dropout of {str(number)[:40]!r}, expected a number", files.AGAIN
+
+
+def _names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Module names, which PEFT takes for patterns; a pattern can be made to search for ever."""
+    if not isinstance(config.get("target_modules"), (str, list)):
+        yield "target_modules is neither a list nor a pattern", files.AGAIN
+    keys = (
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_pattern",
+        "target_modules",
+        "exclude_modules",
+    )
+    for key in keys:
+        value = config.get(key) or []
+        if key in ("target_modules", "exclude_modules") and isinstance(value, str):
+            continue  # the weights say what it found
+        for name in (
+            [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else [None]
+        ):
+            if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+                yield f"{key} has {str(name)[:80]!r}, expected names of modules", "write the names out"

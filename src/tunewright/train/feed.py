@@ -1,0 +1,61 @@
+"""What a step learns from: the batches of every step, cut into what fits in memory."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from tunewright.data.batching import BatchPlan, cut, padding_share
+from tunewright.data.tokens import Mixture, take
+from tunewright.objectives import Batch, Objective
+from tunewright.recipes import TrainConfig
+
+_TOLD = 5
+"""Samples that a message names."""
+
+
+class Feed:
+    """The samples of each step, as tensors on the device."""
+
+    def __init__(
+        self, data: Mixture, objective: Objective, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.data, self.objective, self.config, self.device = data, objective, config, device
+        self._plan = BatchPlan(data.epoch, data.lengths, config.tokens_per_batch, config.seed)
+        self.steps = config.max_steps or self._plan.steps(config.epochs)
+
+    def from_step(self, step: int) -> Iterator[np.ndarray]:
+        """The sample indices of each step, from ``step`` (0-based) on, without end."""
+        return self._plan.start_at(step)
+
+    def micro_batches(self, indices: np.ndarray, budget: int) -> list[np.ndarray]:
+        """A step's samples in parts of at most ``budget`` padded tokens."""
+        return cut(indices, self.data.lengths, budget)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Samples as one padded batch."""
+        collated = self.objective.collate(list(take(self.data, indices)))
+        return {name: tensor.to(self.device) for name, tensor in collated.items()}
+
+    def tokens(self, indices: np.ndarray) -> int:
+        """Tokens in these samples, padding not counted."""
+        return int(self.data.lengths[indices].sum())
+
+    def padding_share(self, budget: int) -> float:
+        """Padded positions of the first epoch as a share of all."""
+        return padding_share(self._first_epoch(budget), self.data.lengths)
+
+    def widest(self, budget: int) -> np.ndarray:
+        """The micro-batch of the first epoch that takes the most memory."""
+        return max(self._first_epoch(budget), key=self._padded)
+
+    def _first_epoch(self, budget: int) -> list[np.ndarray]:
+        return [m for batch in self._plan.batches(0) for m in self.micro_batches(batch, budget)]
+
+    def _padded(self, indices: np.ndarray) -> int:
+        return len(indices) * int(self.data.lengths[indices].max())
+
+    def names(self, indices: Sequence[int] | np.ndarray) -> str:
+        """Where samples stand, for a message: ``my.jsonl:3, my.jsonl:8 and 4 more``."""
+        told = ", ".join(self.data.where(int(i)) for i in indices[:_TOLD])
+        return told + (f" and {len(indices) - _TOLD} more" if len(indices) > _TOLD else "")

@@ -1,0 +1,132 @@
+"""What ends or bends a run in time: signals, numbers that are not finite, losses that jump, memory that ends."""
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunewright.core.errors import InterruptedRunError
+
+Result = TypeVar("Result")
+
+WINDOW = 64
+"""Losses that a new one is compared with."""
+_ENOUGH = 32
+"""Losses before any is called a spike: the first steps fall too fast to compare."""
+_SPREADS = 10.0
+_FLOOR = 0.25
+PATIENCE = 3
+"""Spikes in a row that skipping is tried on; then the weights themselves are taken to be bad."""
+ROLLBACKS = 2
+"""Times that training goes back to a checkpoint before it gives up."""
+_NO_MEMORY = ("not enough memory", "can't allocate memory")
+"""What torch's CPU allocator says on Windows, and elsewhere."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Preemption:
+    """SIGINT and SIGTERM while a run goes on.
+
+    Where the run is ``patient`` the signal is only noted in ``asked``, and the loop ends itself after its step
+    with a checkpoint of it; elsewhere the run ends at once. A second signal changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._patient = False
+
+    def __enter__(self) -> "Preemption":
+        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        self._before = {s: signal.signal(s, self._handle) for s in _SIGNALS} if main else {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.asked:
+            return
+        self.asked = number
+        if not self._patient:
+            self._stop()
+        os.write(2, b"\nstopping after this step, with a checkpoint of it\n")
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within, signals wait; on leaving, one that came ends the run."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+        if self.asked:
+            self._stop()
+
+    def _stop(self) -> None:
+        name = signal.Signals(self.asked).name
+        message = f"stopped by {name}; what was done is kept, and the same command goes on from there"
+        raise InterruptedRunError(self.asked, message)
+
+
+def is_spike(recent: Sequence[float], loss: float) -> bool:
+    """Whether a loss stands out from those before it, its trend taken away (a median slope, Theil 1950).
+
+    It must lie ten robust standard deviations (1.4826 times the median absolute deviation) above the trend, at
+    least 0.25 above it, and half as far again as any loss of the window does. Hard batches that come up now and
+    then are in the window, so they are not spikes; a batch of noise is.
+    """
+    if len(recent) < _ENOUGH:
+        return False
+    losses, steps = np.array(recent), np.arange(len(recent))
+    later, earlier = np.tril_indices(len(recent), -1)
+    slope = np.median((losses[later] - losses[earlier]) / (later - earlier))
+    above = losses - slope * steps
+    middle = np.median(above)
+    spread = 1.4826 * np.median(np.abs(above - middle))
+    bound = max(_SPREADS * spread, _FLOOR, 1.5 * (above.max() - middle))
+    return bool(loss - slope * len(recent) > middle + bound)
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; one pass over each, nothing allocated."""
+    named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    if not named:
+        return []
+    norms = torch._foreach_norm([tensor for _, tensor in named], float("inf"))
+    finite = torch.isfinite(torch.stack(list(norms))).tolist()
+    return [name for (name, _), good in zip(named, finite, strict=True) if not good]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up. On a CPU torch raises a RuntimeError that only its words tell apart."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def fitting(
+    budget: int, least: int, work: Callable[[int], Result], tell: Callable[[int], None] = lambda budget: None
+) -> Result:
+    """``work(budget)``, with half the budget each time memory runs out, down to ``least``.
+
+    ``tell`` hears of each smaller budget. The error of the last attempt is raised if that, too, is too much.
+    """
+    while True:
+        try:
+            return work(budget)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or budget <= least:
+                raise
+        budget = max(least, budget // 2)  # after the handler: its traceback keeps tensors alive
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tell(budget)
