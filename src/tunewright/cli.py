@@ -47,7 +47,9 @@ def demo(
     began = time.monotonic()  # the imports below are part of what a user waits for
     from tunewright import demo as demonstration
     from tunewright.runs import Run
+    from tunewright.train import guard
 
+    guard.Preemption.lasting = True
     result = demonstration.demo(output, quiet=as_json)
     result["seconds"] = time.monotonic() - began
     if as_json:
@@ -68,7 +70,9 @@ def run(
 ) -> None:
     """Run a recipe; running it again resumes it. Dials: train.lr=1e-4 data.train=my.jsonl output=runs/x."""
     from tunewright import pipeline
+    from tunewright.train import guard
 
+    guard.Preemption.lasting = True
     loaded = pipeline.load(recipe, overrides or [])
     finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift)
     if as_json:

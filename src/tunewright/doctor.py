@@ -8,11 +8,20 @@ from typing import Any
 from tunewright.core import journal, lock, machine, store
 from tunewright.core.errors import DamagedError, Problem, UserError
 from tunewright.core.units import human_bytes
+from tunewright.drifts import INPUTS
 from tunewright.models.inspect import available_memory
 from tunewright.train import ledger
 from tunewright.train.checkpoint import best_of, step_of
 
-_RECORDS = ("manifest.json", "results.json", "inputs.json", "before.json", "after.json", "metrics.json")
+_RECORDS = (
+    "manifest.json",
+    "results.json",
+    "inputs.json",
+    "drift.json",
+    "before.json",
+    "after.json",
+    "metrics.json",
+)
 _JOURNALS = ("events.jsonl", "samples.jsonl")
 
 
@@ -55,7 +64,13 @@ def examine(folder: Path) -> Diagnosis:
     if not (folder / "manifest.json").is_file() and not (folder / "stages").is_dir():
         what = f"{folder} is not a run folder: it has neither manifest.json nor stages/"
         raise UserError(Problem("run", what, "give the output folder of a run"))
-    findings = [*_sealed(folder), *_records(folder), *_journals(folder), *_leftovers(folder)]
+    findings = [
+        *_missing(folder),
+        *_sealed(folder),
+        *_records(folder),
+        *_journals(folder),
+        *_leftovers(folder),
+    ]
     stages = sorted(path for path in (folder / "stages").glob("*") if path.is_dir())
     after = [_prospect(stage, {f.path for f in findings if f.state == "damaged"}) for stage in stages]
     if lock.is_owned(folder):
@@ -70,6 +85,27 @@ def _checked(folder: Path, path: Path, check: Any) -> Finding:
     except DamagedError as error:
         return Finding(name, "damaged", str(error))
     return Finding(name, "whole")
+
+
+def _missing(folder: Path) -> Iterator[Finding]:
+    """What must be there because of something that came after it."""
+    wanted: list[Path] = []
+    for stage in sorted((folder / "stages").glob("*")):
+        if any(stage.glob("checkpoints/step-*")) or (stage / "metrics.json").exists():
+            wanted += [folder / "events.jsonl", stage / "samples.jsonl", stage / INPUTS]
+        wanted += [stage / f"{when}.json" for when in _measured(stage / "metrics.json")]
+    for path in dict.fromkeys(wanted):
+        if not path.exists():
+            yield Finding(path.relative_to(folder).as_posix(), "damaged", "missing")
+
+
+def _measured(metrics: Path) -> list[str]:
+    """When a finished stage was measured; nothing if that cannot be told."""
+    try:
+        found = store.read_record(metrics)
+    except DamagedError:
+        return []
+    return [when for when in ("before", "after") if found.get(when)]
 
 
 def _sealed(folder: Path) -> Iterator[Finding]:
@@ -90,11 +126,19 @@ def _journals(folder: Path) -> Iterator[Finding]:
     for path in sorted(
         p for name in _JOURNALS for p in (*folder.glob(name), *folder.glob(f"stages/*/{name}"))
     ):
-        lost = journal.damaged(path)
-        what = f"{lost} lines are not as they were written"
-        yield Finding(
-            path.relative_to(folder).as_posix(), "damaged" if lost else "whole", what if lost else ""
-        )
+        what = _gaps(path)
+        yield Finding(path.relative_to(folder).as_posix(), "damaged" if what else "whole", what)
+
+
+def _gaps(path: Path) -> str:
+    """What a journal lost, as far as its checksums and its stage's checkpoints tell."""
+    if lost := journal.damaged(path):
+        return f"{lost} lines are not as they were written"
+    if not path.stat().st_size:
+        return "empty"
+    learned = max(map(step_of, path.parent.glob("checkpoints/step-*")), default=0)
+    forgotten = ledger.lost(path, learned) if path.name == "samples.jsonl" else 0
+    return f"{forgotten} steps are lost; the next run writes them again" if forgotten else ""
 
 
 def _leftovers(folder: Path) -> Iterator[Finding]:

@@ -9,8 +9,9 @@ from tunewright.core.errors import DamagedError, DriftError, Problem
 from tunewright.jobs import Job
 
 INPUTS = "inputs.json"
-Drift = dict[str, list[str]]
-"""Stage -> its differences, as they are told and kept in lineage."""
+_HISTORY = "drift.json"
+Drift = dict[str, list[Problem]]
+"""Stage -> its differences."""
 
 _FIX = "give another output=FOLDER, start over with --fresh, or insist with --allow-drift"
 _TOLERATED = "machine"
@@ -20,14 +21,42 @@ _TOLERATED = "machine"
 def between(folder: Path, todo: Iterable[Job], allow: bool) -> Drift:
     """By stage, all that differs from what the folder was begun with. DriftError unless it is allowed."""
     found = {job.stage.name: _of_stage(folder / "stages" / job.stage.name, job) for job in todo}
-    refused = [p for some in found.values() for p in some if not _is_tolerated(p)]
+    begun = [path.parent.name for path in sorted(folder.glob(f"stages/*/{INPUTS}"))]
+    what = "the run was begun with a stage of this name, now it has none"
+    gone = [Problem(f"{name}: stages", what, _FIX) for name in begun if name not in found]
+    refused = gone + [p for some in found.values() for p in some if not is_tolerated(p)]
     if refused and not allow:
         raise DriftError(refused)
-    return {name: [f"{p.where}: {p.what}" for p in some] for name, some in found.items() if some}
+    return found
 
 
-def _is_tolerated(problem: Problem) -> bool:
-    return problem.where.partition(": ")[2].startswith(_TOLERATED)
+def is_begun(folder: Path) -> bool:
+    """Whether a run worked in the folder before."""
+    return any(folder.glob(f"stages/*/{INPUTS}"))
+
+
+def is_tolerated(difference: Problem) -> bool:
+    """Whether it is one that is only told."""
+    return difference.where.partition(": ")[2].startswith(_TOLERATED)
+
+
+def told(differences: Iterable[Problem]) -> list[str]:
+    """Differences as they are told and kept in lineage."""
+    return [f"{difference.where}: {difference.what}" for difference in differences]
+
+
+def history(at: Path, new: Iterable[Problem]) -> list[str]:
+    """All differences that a stage has been gone on with, the new ones among them."""
+    path = at / _HISTORY
+    known = store.read_record(path)["differences"] if path.exists() else []
+    return list(dict.fromkeys([*known, *told(new)]))
+
+
+def remember(at: Path, job: Job, differences: list[str]) -> None:
+    """Keep what the stage goes on with, from now on what a drift is measured from, and what differed until now."""
+    if differences:
+        store.write_record(at / _HISTORY, {"differences": differences})
+    store.write_record(at / INPUTS, job.inputs())
 
 
 def _of_stage(at: Path, job: Job) -> list[Problem]:

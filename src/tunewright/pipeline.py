@@ -1,12 +1,13 @@
 """Run a recipe: check all of it, then train, measure and save each stage, then report."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunewright import drifts, jobs, methods, recipes
-from tunewright.core import events, journal, lock, machine, paths, store
+from tunewright import doctor, drifts, jobs, methods, recipes
+from tunewright.core import events, lock, machine, paths, store
 from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.prepare import statistics
@@ -16,7 +17,7 @@ from tunewright.jobs import Job
 from tunewright.models.load import ModelSource, find, fingerprint, load_model
 from tunewright.recipes import Recipe, to_yaml
 from tunewright.runs import Run
-from tunewright.train import guard, readers
+from tunewright.train import guard, ledger, readers
 from tunewright.train.loop import Trainer
 from tunewright.train.state import TrainState
 
@@ -52,8 +53,11 @@ def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: b
             owned.enter_context(lock.sole_owner(folder))
         store.recover(folder)
         drift = drifts.between(folder, todo, allow_drift)
+        found = doctor.examine(folder).damaged if drifts.is_begun(folder) else []
         log = events.EventLog(folder / "events.jsonl", terminal, *readers.named(recipe.logs, folder))
         try:
+            for finding in found:
+                log.emit("damaged", what=f"{folder / finding.path}: {finding.what}")
             return _Runner(recipe, folder, log, drift, preemption).run(todo)
         finally:
             log.close()
@@ -87,10 +91,6 @@ class _Runner:
     def run(self, todo: list[Job]) -> Run:
         store.write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
         self._manifest("running")
-        if lost := journal.damaged(self.folder / "events.jsonl"):
-            self.log.emit(
-                "damaged", what=f"{self.folder / 'events.jsonl'}: {lost} lines; curves may have a gap"
-            )
         try:
             for job in todo:
                 self._stage(job)
@@ -115,13 +115,11 @@ class _Runner:
         """Reuse the stage's result if it is whole, else make it."""
         name, at = job.stage.name, self.folder / "stages" / job.stage.name
         self.log.context = {"stage": name}
-        drifted = self.drift.get(name, [])
-        if drifted:
-            self.log.emit("drift", differences=drifted)
-        made = None if drifted else self._made(job, at)
-        if made is None:
-            made = self._make(job, at, drifted)
-        self.results[name] = made
+        differences = self.drift.get(name, [])
+        if differences:
+            self.log.emit("drift", differences=drifts.told(differences))
+        made = self._made(job, at) if all(map(drifts.is_tolerated, differences)) else None
+        self.results[name] = made or self._make(job, at, drifts.history(at, differences))
 
     def _made(self, job: Job, at: Path) -> Tree | None:
         """The stage's metrics if it was finished before and every byte is as written."""
@@ -130,6 +128,7 @@ class _Runner:
         try:
             store.verify(at / job.method.folder)
             made = store.read_record(at / "metrics.json")
+            ledger.check(at / "samples.jsonl", made["train"]["steps"])
         except DamagedError as error:
             self.log.emit("damaged", what=str(error))
             return None
@@ -137,13 +136,15 @@ class _Runner:
         return made
 
     def _make(self, job: Job, at: Path, drifted: list[str]) -> Tree:
-        store.write_record(at / drifts.INPUTS, job.inputs())
+        begun = partial(drifts.remember, at, job, drifted)
+        if not (at / drifts.INPUTS).exists():
+            begun()
         if job.earlier:
             job = jobs.with_source(job, self._result_of(job))
         left_out = [str(problem) for problem in (*job.data.problems, *job.valid.problems)]
         if left_out:
             self.log.emit("skipped", count=len(left_out), rows=left_out[:_TOLD])
-        metrics = _StageRun(job, at, self.log, drifted, self.preemption).run()
+        metrics = _StageRun(job, at, self.log, drifted, self.preemption).run(begun)
         store.write_record(at / "metrics.json", metrics)
         return metrics
 
@@ -158,9 +159,9 @@ class _Runner:
             model, method = methods.load_adapter(
                 earlier / "adapter", manifest, job.stage.precision, job.stage.trust_remote_code
             )
-            with store.artifact(base) as partial:
-                method.merge(model).save_pretrained(partial)
-                job.codec.tokenizer.save_pretrained(partial)
+            with store.artifact(base) as target:
+                method.merge(model).save_pretrained(target)
+                job.codec.tokenizer.save_pretrained(target)
         return find(str(base))
 
 
@@ -177,7 +178,8 @@ class _StageRun:
             job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.tokens_per_batch
         )
 
-    def run(self) -> Tree:
+    def run(self, resumed: Callable[[], None]) -> Tree:
+        """The metrics; ``resumed`` is called once it is clear that training can go on."""
         import torch
 
         from tunewright.core.rng import derive
@@ -192,7 +194,7 @@ class _StageRun:
             model, self.job.objective, self.job.data, self.job.valid, stage.train, stage.precision, self.log,
             self.folder, self.job.method.default_lr, self.preemption,
         )  # fmt: skip
-        state = trainer.run()
+        state = trainer.run(resumed)
         trainer.optimizer.release()  # what fitted beside it before training fits after it
         after = self._measure(model, "after")
         metrics = self._metrics(model, trainer, state, before, after)
@@ -206,13 +208,19 @@ class _StageRun:
         path = self.folder / f"{when}.json"
         if when == "before" and path.exists():
             try:
-                return store.read_record(path)
+                scores = store.read_record(path)
+                if scores.pop("asked", None) == self._asked():
+                    return scores
             except DamagedError as error:
                 self.log.emit("damaged", what=f"{error}; measured again")
         scores = self.exam.take(model, lambda done, of: self._progress(when, done, of))
-        store.write_record(path, scores)
+        store.write_record(path, {**scores, "asked": self._asked()})
         self.log.emit("measure", when=when, **{k: v for k, v in scores.items() if k != "answers"})
         return scores
+
+    def _asked(self) -> str:
+        """What decides the scores of the model to start from."""
+        return store.sha256_json([self.job.stage.evaluate.model_dump(mode="json"), self.drifted])
 
     def _progress(self, when: str, done: int, of: int) -> None:
         self.log.emit("answering", when=when, done=done, of=of)
@@ -258,10 +266,10 @@ class _StageRun:
             "max_length": self.job.codec.max_length,
         }  # fmt: skip
         target = self.folder / method.folder
-        with store.artifact(target, **facts) as partial:
-            method.export(model, partial)
-            self.job.codec.tokenizer.save_pretrained(partial)
-            weights = [p.stat().st_size for p in partial.glob("*.safetensors")]
+        with store.artifact(target, **facts) as whole:
+            method.export(model, whole)
+            self.job.codec.tokenizer.save_pretrained(whole)
+            weights = [p.stat().st_size for p in whole.glob("*.safetensors")]
             metrics["artifact_bytes"] = sum(weights)
-            store.write_text(partial / "README.md", card.text(metrics))
+            store.write_text(whole / "README.md", card.text(metrics))
         self.log.emit("saved", path=str(target), bytes=metrics["artifact_bytes"])

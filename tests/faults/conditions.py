@@ -42,9 +42,9 @@ def anywhere(whole: Path, rng: random.Random, count: int) -> list[Stop]:
     return [Stop(rng.randrange(4, 8), _BOTH[(start + i) % 2]) for i in range(count)]
 
 
-def inside_steps_too(whole: Path, rng: random.Random, count: int) -> list[Stop]:
-    """SIGKILL between two forward passes of one step, besides what is done elsewhere."""
-    return [Stop(rng.randrange(3, 7), passes=1) for _ in range(count)] + anywhere(whole, rng, count)
+def inside_steps(whole: Path, rng: random.Random, count: int) -> list[Stop]:
+    """SIGKILL between two forward passes of one step; where there are more, also between steps."""
+    return [Stop(rng.randrange(3, 7), passes=1) for _ in range(count)] + anywhere(whole, rng, count - 1)
 
 
 def around_an_edge(whole: Path, rng: random.Random, count: int) -> list[Stop]:
@@ -143,7 +143,7 @@ CONDITIONS = (
     Condition(
         "packing", fixed("objective.block=16"), applies=lambda objective, config: "block" in config.model_fields
     ),
-    Condition("accumulation", fixed("train.tokens_per_batch=192", "train.micro_tokens=32"), inside_steps_too),
+    Condition("accumulation", fixed("train.tokens_per_batch=192", "train.micro_tokens=32"), inside_steps),
     Condition("epoch edge", fixed("train.epochs=3", "train.max_steps=null", "train.tokens_per_batch=192"), around_an_edge),
     Condition(
         "early stop", fixed("train.eval_every=2", "train.early_stop=2", "train.lr=2.0", "train.max_steps=24"),

@@ -26,7 +26,7 @@ class Tally:
         self.held = 0
         self.broken: list[str] = []
         self.notes: dict[str, float] = {}
-        self.began = time.monotonic()
+        self.began, self.seconds = time.monotonic(), 0.0
 
     def add(self, ok: bool, what: str) -> None:
         """Count one injected fault; ``what`` names it should it not have been survived."""
@@ -42,7 +42,7 @@ class Tally:
     def to_json(self) -> dict[str, object]:
         """As a line of the counts' file."""
         return {"row": self.row, "test": self.test, "held": self.held, "of": self.held + len(self.broken),
-                "broken": self.broken, "notes": self.notes, "seconds": time.monotonic() - self.began}  # fmt: skip
+                "broken": self.broken, "notes": self.notes, "seconds": self.seconds}  # fmt: skip
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     counted = Tally(marker.args[0], request.node.nodeid.partition("::")[2])
     request.config.stash.setdefault(_COUNTED, []).append(counted)
     yield counted
+    counted.seconds = time.monotonic() - counted.began
     assert counted.held + len(counted.broken) > 0, "nothing was tried"
     assert not counted.broken, "\n".join(counted.broken)
 

@@ -45,6 +45,11 @@ class Journal:
         store.append(self.path, start + line(value))
         self._torn = False
 
+    def settle(self) -> None:
+        """Flush every line; they are not flushed one by one."""
+        if self.path.exists():
+            store.settle(self.path)
+
 
 def _is_torn(path: Path) -> bool:
     if not path.exists() or not path.stat().st_size:

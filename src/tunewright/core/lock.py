@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from tunewright.core import store
 from tunewright.core.errors import BusyError, Problem, UserError
 
 OWNER = ".owner"
+_PATIENCE = 1.0
+"""Seconds in which a new owner has written its name."""
 
 
 @contextmanager
@@ -36,7 +38,10 @@ def sole_owner(folder: Path, where: str = "output") -> Iterator[None]:
         ) from None
     with file:
         _take(file, folder, where)
-        yield
+        try:
+            yield
+        finally:
+            os.ftruncate(file.fileno(), 0)  # an owner that is gone must not be taken for the next one
 
 
 def _take(file: Any, folder: Path, where: str) -> None:
@@ -57,12 +62,26 @@ def _is_at(file: Any, path: Path) -> bool:
 
 
 def _told(file: Any) -> str:
-    file.seek(0)
+    """Who owns it. A new owner is just about to write its name; until then nothing stands there, or one that died."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        file.seek(0)
+        with suppress(ValueError):
+            owner = json.loads(file.read())
+            if owner["host"] != platform.node() or _is_alive(owner["process"]):
+                return f"is being written by process {owner['process']} on {owner['host']}"
+        time.sleep(0.01)
+    return "is being written by another process"
+
+
+def _is_alive(process: int) -> bool:
     try:
-        owner = json.loads(file.read())
-        return f"is being written by process {owner['process']} on {owner['host']}"
-    except ValueError:  # the owner is just about to write its name
-        return "is being written by another process"
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's, and alive
+        return True
+    return True
 
 
 def _busy(folder: Path, where: str, what: str) -> BusyError:

@@ -72,6 +72,12 @@ def append(path: Path, data: bytes) -> None:
         disk.append(path, data)
 
 
+def settle(path: Path) -> None:
+    """Flush what was appended to a file, so that what is written next is never on disk without it."""
+    with storing(path):
+        disk.settle(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace one file atomically: a reader sees the old text or the new one, never a part."""
     _write(path, [text.encode()])
@@ -144,7 +150,8 @@ def artifact(folder: Path, /, **facts: Any) -> Iterator[Path]:
             _seal(partial, facts)
             _replace(partial, folder)
     finally:
-        disk.remove_folder(partial)
+        with storing(folder):
+            disk.remove_folder(partial)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -163,13 +170,17 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Rename into place. An older artifact of that name is moved aside first and removed last."""
+    """Rename into place. An older artifact of that name is moved aside first; at the end it is put back if the
+    new one did not arrive, else removed.
+    """
     old = _hidden(folder, "old")
     if folder.exists():
         disk.rename(folder, old)
-    disk.rename(partial, folder)
-    disk.settle(folder.parent)
-    disk.remove_folder(old)
+    try:
+        disk.rename(partial, folder)
+        disk.settle(folder.parent)
+    finally:
+        recover(folder.parent, old.name)
 
 
 def remove(folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def write(folder: Path) -> None:
     store.write_text(folder / "report.html", page.encode("utf-8", "replace").decode())
 
 
+@cache
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,

@@ -38,6 +38,9 @@ class Preemption:
     with a checkpoint of it; elsewhere the run ends at once. A second signal changes nothing.
     """
 
+    lasting = False
+    """Whether the process ends with its run: signals after the first are then ignored to its very end."""
+
     def __init__(self) -> None:
         self.asked = 0
         self._patient = False
@@ -49,7 +52,7 @@ class Preemption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.asked and self.lasting else handler)
 
     def _handle(self, number: int, _: Any) -> None:
         if self.asked:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tunewright.core import journal, store
+from tunewright.core.errors import DamagedError
 
 Steps = dict[int, list[int]]
 """Step (from 1) -> indices of its samples, in the order of the steps; none if it was skipped."""
@@ -32,12 +33,27 @@ class Ledger:
         """At ``step`` the weights became those of step ``to`` again."""
         self._journal.append({"rollback": to, "step": step})
 
+    def settle(self) -> None:
+        """Flush it: a checkpoint must not know of steps that a loss of power takes from here."""
+        self._journal.settle()
+
     def mend(self, steps: Steps) -> None:
         """Write it anew, damaged or missing lines told by the caller."""
         store.write_text(self.path, b"".join(
             journal.line({"step": step, "samples": samples}) for step, samples in steps.items()
         ).decode())  # fmt: skip
         self._journal = journal.Journal(self.path)
+
+
+def lost(path: Path, steps: int) -> int:
+    """How many of the first ``steps`` are not in the ledger."""
+    return steps - len(read(path).keys() & set(range(1, steps + 1)))
+
+
+def check(path: Path, steps: int) -> None:
+    """DamagedError if one of the first ``steps`` is not in the ledger."""
+    if missing := lost(path, steps):
+        raise DamagedError(f"{path}: {missing} steps are lost")
 
 
 def read(path: Path) -> Steps:

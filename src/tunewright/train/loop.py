@@ -72,8 +72,10 @@ class Trainer:
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    def run(self) -> TrainState:
+    def run(self, resumed: Callable[[], object] = lambda: None) -> TrainState:
         """Train to the end (or to an early stop), restore the best weights, return the final state.
+
+        ``resumed`` is called once the checkpoint to go on from is loaded.
 
         Raises:
             DivergedError: a number is not finite, or the loss does not come back from a spike.
@@ -84,6 +86,7 @@ class Trainer:
         try:
             with self.preemption.patient():
                 self._resume()
+                resumed()
                 self._prepare()
                 self._train()
             self._restore_best()
@@ -328,6 +331,7 @@ class Trainer:
             raise DivergedError(
                 f"step {self.state.step}: not finite: {_few(bad)}; no checkpoint of it is kept"
             )
+        self.ledger.settle()
         path = self.checkpoints.save(self.optimizer, self.state, self.objective.state())
         self._saved = self.state.step
         self.log.emit("checkpoint", step=self.state.step, path=path.name)
