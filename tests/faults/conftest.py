@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that child processes find lab.py, too
 from lab import Lab
@@ -61,6 +62,15 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
 def times() -> Callable[[int, int], int]:
     """``times(20, 200)`` is the short count, or the long one where that is asked for."""
     return lambda short, long: long if LONG else short
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A tiny model is faster on one thread, and its sums are those of the child processes, which have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
