@@ -27,7 +27,7 @@ def between(folder: Path, todo: Iterable[Job], allow: bool) -> Drift:
     refused = gone + [p for some in found.values() for p in some if not is_tolerated(p)]
     if refused and not allow:
         raise DriftError(refused)
-    return found
+    return {name: some for name, some in found.items() if some}
 
 
 def is_begun(folder: Path) -> bool:

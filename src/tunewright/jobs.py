@@ -37,17 +37,20 @@ class Job:
     data: Mixture
     valid: Mixture
     asked: Sequence[Row]
+    parent: "Job | None" = None
+    """The job whose result this one starts from."""
 
     @property
     def earlier(self) -> str:
         """The earlier stage whose result this one starts from, or an empty string."""
-        return self.stage.model.removeprefix("stage:") if self.stage.model.startswith("stage:") else ""
+        return self.parent.stage.name if self.parent else ""
 
     def inputs(self) -> dict[str, Any]:
         """All that decides the outcome, for telling whether a run folder is still this job's."""
         stage = self.stage.model_dump(mode="json", exclude={"evaluate": True, "train": {"keep"}})
         return {
             **stage,
+            "parent_sha256": self.parent.sha256() if self.parent else "",
             "base_sha256": fingerprint(self.source),
             "tokenizer_sha256": store.sha256_json(self.codec.tokenizer.backend_tokenizer.to_str()),
             "template_sha256": store.sha256_json(self.codec.tokenizer.chat_template or ""),
@@ -56,6 +59,10 @@ class Job:
             "versions": machine.versions(),
             "machine": machine.identity(),
         }
+
+    def sha256(self) -> str:
+        """Of all inputs but the machine, on which a run may go on as on another."""
+        return store.sha256_json({key: value for key, value in self.inputs().items() if key != "machine"})
 
 
 def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[Job]:
@@ -115,7 +122,8 @@ def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[
     except UserError as error:
         found += error.problems
         return None
-    return Job(stage, source, method, objective, codec, data, valid, asked)
+    parent = earlier.get(stage.model.removeprefix("stage:")) if stage.model.startswith("stage:") else None
+    return Job(stage, source, method, objective, codec, data, valid, asked, parent)
 
 
 def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tuple[ModelSource, ChatCodec]:

@@ -154,12 +154,13 @@ class _Runner:
         if (earlier / "model").is_dir():
             return find(str(earlier / "model"))
         base = self.folder / "stages" / job.stage.name / "base"
-        if not store.is_complete(base):
+        adapter = store.sha256_file(earlier / "adapter" / store.MANIFEST)
+        if not store.is_complete(base) or store.facts(base)["adapter_sha256"] != adapter:
             manifest = store.verify(earlier / "adapter")
             model, method = methods.load_adapter(
                 earlier / "adapter", manifest, job.stage.precision, job.stage.trust_remote_code
             )
-            with store.artifact(base) as target:
+            with store.artifact(base, adapter_sha256=adapter) as target:
                 method.merge(model).save_pretrained(target)
                 job.codec.tokenizer.save_pretrained(target)
         return find(str(base))

@@ -64,7 +64,7 @@ def trained(
 
 def warmed(lab: Lab, objective: str) -> str:
     """A model that has learned a little: at a loss of 8 one unit in the last place is 1e-6 already."""
-    train = {"max_steps": 60, "eval_every": 0, "save_every": 0}
+    train = {"max_steps": 40, "eval_every": 0, "save_every": 0}
     trainer = lab.trainer("warm", objective=objective, method="full", data={"max_length": 32}, train=train)
     trainer.run()
     folder = lab.folder / "warm-model"
@@ -78,12 +78,12 @@ def warmed(lab: Lab, objective: str) -> str:
 def test_the_micro_batch_halves_and_nothing_else_changes(lab: Lab, tally, times, objective, precision):
     choices = {"objective": objective, "precision": precision, "model": warmed(lab, objective)}
     plain, plain_events, _ = trained(lab, "plain", **choices)
-    for tokens in (60, 100, 40)[: times(1, 3)]:
-        for backward in (False, True):
-            for step in (0, 3):
-                name = f"{tokens}-{backward}-{step}"
-                seen = trained(lab, name, lambda t: Limit(t, tokens, backward, step), **choices)  # noqa: B023
-                check(tally, name, plain, plain_events, seen, precision)
+    limits = [
+        (tokens, *at) for at in ((False, 0), (True, 3), (True, 0), (False, 3)) for tokens in (60, 100, 40)
+    ]
+    for limit in limits[:: times(4, 1)]:
+        seen = trained(lab, f"{limit}", lambda t: Limit(t, *limit), **choices)  # noqa: B023
+        check(tally, f"{limit}", plain, plain_events, seen, precision)
 
 
 def check(

@@ -58,7 +58,7 @@ class Kept:
 @pytest.mark.row(9)
 @pytest.mark.parametrize("objective", plugins.names("objectives"))
 def test_a_batch_of_noise_is_passed_over(lab: Lab, tally, times, objective):
-    count = -(-times(4, 20) // len(plugins.names("objectives")))
+    count = -(-times(2, 20) // len(plugins.names("objectives")))
     for trial in range(count):
         rng = random.Random(trial)
         bad = rng.randrange(guard.WINDOW, STEPS)
@@ -79,7 +79,7 @@ def test_a_batch_of_noise_is_passed_over(lab: Lab, tally, times, objective):
 
 @pytest.mark.row(9)
 def test_clean_training_raises_no_alarm(lab: Lab, tally, times):
-    steps = times(400, 10_000)
+    steps = times(300, 10_000)
     events: list[Event] = []
     trainer = lab.trainer(
         "clean", events.append, method="full", data={"train": "builtin:demo-train", "valid_share": 0},

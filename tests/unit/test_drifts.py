@@ -44,9 +44,14 @@ def begun(folder: Path, todo: list[Job]) -> Path:
     return folder
 
 
+def between(folder: Path, todo: list[Job], allow: bool) -> dict[str, list[str]]:
+    """Stage -> its differences as they are told."""
+    return {name: drifts.told(found) for name, found in drifts.between(folder, todo, allow).items()}
+
+
 def told(folder: Path, todo: list[Job]) -> list[str]:
     with pytest.raises(DriftError) as caught:
-        drifts.between(folder, todo, allow=False)
+        between(folder, todo, allow=False)
     assert {problem.fix for problem in caught.value.problems} == {FIX}
     assert caught.value.exit_code == 2
     return [f"{problem.where}: {problem.what}" for problem in caught.value.problems]
@@ -66,20 +71,20 @@ def changed(folder: Path, stage: str, keys: str, value: Any) -> Any:
 
 
 def test_a_folder_that_was_not_begun_has_no_drift(tmp_path: Path, todo: list[Job]) -> None:
-    assert drifts.between(tmp_path / "none", todo, allow=False) == {}
+    assert between(tmp_path / "none", todo, allow=False) == {}
     (tmp_path / "run" / "stages" / "first").mkdir(parents=True)
-    assert drifts.between(tmp_path / "run", todo, allow=False) == {}
+    assert between(tmp_path / "run", todo, allow=False) == {}
 
 
 def test_the_same_recipe_again_has_no_drift(tmp_path: Path, tree: dict[str, Any], todo: list[Job]) -> None:
     begun(tmp_path, todo)
-    assert drifts.between(tmp_path, todo, allow=False) == {}
-    assert drifts.between(tmp_path, checked(tree), allow=False) == {}
+    assert between(tmp_path, todo, allow=False) == {}
+    assert between(tmp_path, checked(tree), allow=False) == {}
 
 
 def test_only_what_was_begun_is_compared(tmp_path: Path, todo: list[Job]) -> None:
     begun(tmp_path, todo[:1])
-    assert drifts.between(tmp_path, todo, allow=False) == {}
+    assert between(tmp_path, todo, allow=False) == {}
 
 
 CHANGES = [
@@ -98,7 +103,7 @@ def test_a_change_is_told_by_name_with_old_and_new(
     now = changed(tmp_path, "first", keys, before)
     expected = f"first: {keys}: the run was begun with {before!r}, now it is {now!r}"
     assert told(tmp_path, todo) == [expected]
-    assert drifts.between(tmp_path, todo, allow=True) == {"first": [expected]}
+    assert between(tmp_path, todo, allow=True) == {"first": [expected]}
 
 
 def test_all_changes_of_all_stages_are_told_at_once(tmp_path: Path, todo: list[Job]) -> None:
@@ -108,7 +113,7 @@ def test_all_changes_of_all_stages_are_told_at_once(tmp_path: Path, todo: list[J
     assert [line.split(": the run")[0] for line in told(tmp_path, todo)] == [
         "first: train.lr", "first: train.seed", "second: train.seed"
     ]  # fmt: skip
-    assert drifts.between(tmp_path, todo, allow=True).keys() == {"first", "second"}
+    assert between(tmp_path, todo, allow=True).keys() == {"first", "second"}
 
 
 def test_an_option_that_is_new_or_gone_is_told(tmp_path: Path, todo: list[Job]) -> None:
@@ -138,7 +143,7 @@ def test_another_machine_is_told_and_not_refused(tmp_path: Path, todo: list[Job]
     begun(tmp_path, todo)
     now = changed(tmp_path, "first", f"machine.{key}", ["other"])
     expected = f"first: machine.{key}: the run was begun with ['other'], now it is {now!r}"
-    assert drifts.between(tmp_path, todo, allow=False) == {"first": [expected]}
+    assert between(tmp_path, todo, allow=False) == {"first": [expected]}
 
 
 def test_the_machine_is_what_sums_depend_on() -> None:
@@ -160,7 +165,7 @@ def test_what_does_not_decide_the_outcome_may_change(
     begun(tmp_path, todo)
     other = copy.deepcopy(tree)
     other["stages"][0] |= {"train": {"max_steps": 2, "keep": 5}, "evaluate": {"limit": 3}}
-    assert drifts.between(tmp_path, checked(other), allow=False) == {}
+    assert between(tmp_path, checked(other), allow=False) == {}
 
 
 # Nothing tells what the run was begun with

@@ -25,10 +25,12 @@ def sole_owner(folder: Path, where: str = "output") -> Iterator[None]:
     Raises:
         BusyError: another process does.
         UserError: the folder cannot be made or written to.
+        StorageError: the disk has no room for it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / OWNER).open("a+")
+        with store.storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / OWNER).open("a+")
     except OSError as error:
         what = f"{str(folder)[:200]!r} cannot be written ({error.strerror})"
         raise UserError(Problem(where, what, "give another folder")) from None

@@ -206,12 +206,12 @@ class Trainer:
             self.state.micro_tokens = budget
             self.log.emit("out-of-memory", step=self.state.step + 1, micro_tokens=budget)
 
-        longest = int(self.data.lengths.max())
         try:
             return guard.fitting(self._budget, 1, work, tell)
         except (RuntimeError, MemoryError) as error:
             if not guard.is_out_of_memory(error):
                 raise
+            longest = int(self.data.lengths.max())
             what = f"one sample alone is too much for the memory; the longest has {longest} tokens"
             fix = "lower data.max_length, or set train.gradient_checkpointing: true"
             raise HardwareError(Problem("train", what, fix)) from error
