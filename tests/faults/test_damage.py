@@ -156,12 +156,12 @@ def of_cache(name: str) -> bool:
 
 @pytest.mark.row(3)
 def test_a_stopped_run_ends_exactly_or_refuses(finished, stopped, tmp_path, tally, times):
-    try_all(chosen(stopped, of_run, times(18, ALL)), stopped, finished, tmp_path / "damaged", tally)
+    try_all(chosen(stopped, of_run, times(9, ALL)), stopped, finished, tmp_path / "damaged", tally)
 
 
 @pytest.mark.row(3)
 def test_a_finished_run_is_mended_or_refused(finished, tmp_path, tally, times):
-    every = chosen(finished.tree, of_run, times(18, ALL))
+    every = chosen(finished.tree, of_run, times(9, ALL))
     try_all(every, finished.tree, finished, tmp_path / "damaged", tally)
 
 

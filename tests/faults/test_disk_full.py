@@ -174,7 +174,7 @@ def operations(plain, tmp_path_factory) -> int:
 
 @pytest.mark.row(4)
 def test_a_disk_that_is_full_at_any_operation(plain, operations, tmp_path, tally, times):
-    for at in spread(range(1, operations + 1), times(14, operations)):
+    for at in spread(range(1, operations + 1), times(6, operations)):
         wrong = wrong_after(plain, tmp_path / "full", FailingDisk(at))
         tally.add(not wrong, f"operation {at} of {operations}: {wrong}")
 
@@ -277,7 +277,7 @@ def too_small(tree: Tree, count: int) -> Iterable[str]:
 def test_a_file_system_that_is_too_small(elsewhere, plain, tmp_path, tally, times):
     if is_counted(elsewhere, tally):
         return
-    for number, options in enumerate(too_small(plain.tree, times(3, 40))):
+    for number, options in enumerate(too_small(plain.tree, times(2, 40))):
         disk = tmp_path / f"disk-{number}"
         with mounted(disk, options):
             wrong = wrong_on(plain, disk, disk / "cache")

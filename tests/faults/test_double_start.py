@@ -28,7 +28,7 @@ def test_exactly_one_of_several_runs_has_the_folder(lab: Lab, tally, times):
     with pytest.raises(InterruptedRunError):
         here(recipe, lab.folder / "begun", stop=Stop(3, signal.SIGTERM))
     whole, slowest = outcome(lab.folder / "whole"), 0.0
-    for i in range(times(6, 50)):
+    for i in range(times(3, 50)):
         kind = KINDS[i % len(KINDS)]
         output = lab.folder / f"race-{i}" if kind == "new" else copied(lab.folder / "begun", f"race-{i}")
         wrong, seconds = race(recipe, output, ("--fresh",) if kind == "fresh" else ())

@@ -81,7 +81,7 @@ def test_the_micro_batch_halves_and_nothing_else_changes(lab: Lab, tally, times,
     limits = [
         (tokens, *at) for at in ((False, 0), (True, 3), (True, 0), (False, 3)) for tokens in (60, 100, 40)
     ]
-    for limit in limits[:: times(4, 1)]:
+    for limit in limits[:: times(12, 1)]:
         seen = trained(lab, f"{limit}", lambda t: Limit(t, *limit), **choices)  # noqa: B023
         check(tally, f"{limit}", plain, plain_events, seen, precision)
 

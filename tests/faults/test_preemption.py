@@ -58,7 +58,7 @@ def test_a_signal_in_training_ends_the_run_with_a_checkpoint_of_its_last_step(
         train={"max_steps": STEPS, "save_every": 10, "eval_every": 0},
     )  # fmt: skip
     whole, bound = control(lab, recipe)
-    rng, share = random.Random(f"{objective} {precision}"), -(-times(8, 40) // len(COMBINATIONS))
+    rng, share = random.Random(f"{objective} {precision}"), -(-times(4, 40) // len(COMBINATIONS))
     stopped: list[Path] = []
     slowest = 0.0
     for i, plan in enumerate(plans(rng, share, share * COMBINATIONS.index((objective, precision)))):

@@ -12,7 +12,7 @@ from tunewright.core.events import Event
 from tunewright.train import guard
 from tunewright.train.loop import Trainer
 
-STEPS = 160
+STEPS = 120
 """Enough for the loss of the small model to be low, so that noise stands out."""
 
 
@@ -79,7 +79,7 @@ def test_a_batch_of_noise_is_passed_over(lab: Lab, tally, times, objective):
 
 @pytest.mark.row(9)
 def test_clean_training_raises_no_alarm(lab: Lab, tally, times):
-    steps = times(300, 10_000)
+    steps = times(200, 10_000)
     events: list[Event] = []
     trainer = lab.trainer(
         "clean", events.append, method="full", data={"train": "builtin:demo-train", "valid_share": 0},

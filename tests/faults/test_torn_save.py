@@ -128,7 +128,7 @@ def try_all(states: Iterable[tuple[str, Tree]], whole: Whole, tmp_path: Path, ta
 @pytest.mark.row(2)
 def test_a_kill_at_every_operation_leaves_a_run_that_ends_exactly(plain, tmp_path, tally, times):
     states = list(kills(plain.operations, {}))
-    try_all(spread(states, times(14, len(states))), plain, tmp_path, tally)
+    try_all(spread(states, times(7, len(states))), plain, tmp_path, tally)
 
 
 @pytest.mark.row(2)
