@@ -1,6 +1,6 @@
 """Look at a run folder: is every byte as it was written, and what can be gone on from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,18 +116,19 @@ def _sealed(folder: Path) -> Iterator[Finding]:
 
 
 def _records(folder: Path) -> Iterator[Finding]:
-    for path in sorted(
-        p for name in _RECORDS for p in (*folder.glob(name), *folder.glob(f"stages/*/{name}"))
-    ):
+    for path in _found(folder, _RECORDS):
         yield _checked(folder, path, store.read_record)
 
 
 def _journals(folder: Path) -> Iterator[Finding]:
-    for path in sorted(
-        p for name in _JOURNALS for p in (*folder.glob(name), *folder.glob(f"stages/*/{name}"))
-    ):
+    for path in _found(folder, _JOURNALS):
         what = _gaps(path)
         yield Finding(path.relative_to(folder).as_posix(), "damaged" if what else "whole", what)
+
+
+def _found(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Files of these names, of the run and of its stages."""
+    return sorted(p for name in names for p in (*folder.glob(name), *folder.glob(f"stages/*/{name}")))
 
 
 def _gaps(path: Path) -> str:

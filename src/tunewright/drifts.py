@@ -56,7 +56,7 @@ def remember(at: Path, job: Job, differences: list[str]) -> None:
     """Keep what the stage goes on with, from now on what a drift is measured from, and what differed until now."""
     if differences:
         store.write_record(at / _HISTORY, {"differences": differences})
-    store.write_record(at / INPUTS, job.inputs())
+    store.write_record(at / INPUTS, job.inputs)
 
 
 def _of_stage(at: Path, job: Job) -> list[Problem]:
@@ -64,7 +64,7 @@ def _of_stage(at: Path, job: Job) -> list[Problem]:
     if not path.exists() and not (at / "checkpoints").exists():
         return []
     try:
-        return _differences(job.stage.name, store.read_record(path), job.inputs())
+        return _differences(job.stage.name, store.read_record(path), job.inputs)
     except DamagedError as error:
         what = f"{error}, so nothing tells whether the inputs are the same"
         return [Problem(f"{job.stage.name}: {INPUTS}", what, _FIX)]

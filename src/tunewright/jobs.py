@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,8 +46,12 @@ class Job:
         """The earlier stage whose result this one starts from, or an empty string."""
         return self.parent.stage.name if self.parent else ""
 
+    @cached_property
     def inputs(self) -> dict[str, Any]:
-        """All that decides the outcome, for telling whether a run folder is still this job's."""
+        """All that decides the outcome, for telling whether a run folder is still this job's.
+
+        Made once: it reads every byte of the base model.
+        """
         stage = self.stage.model_dump(mode="json", exclude={"evaluate": True, "train": {"keep"}})
         return {
             **stage,
@@ -62,7 +67,7 @@ class Job:
 
     def sha256(self) -> str:
         """Of all inputs but the machine, on which a run may go on as on another."""
-        return store.sha256_json({key: value for key, value in self.inputs().items() if key != "machine"})
+        return store.sha256_json({key: value for key, value in self.inputs.items() if key != "machine"})
 
 
 def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[Job]:

@@ -14,7 +14,7 @@ from tunewright.data.prepare import statistics
 from tunewright.evaluate import card, report
 from tunewright.evaluate.harness import Examination
 from tunewright.jobs import Job
-from tunewright.models.load import ModelSource, find, fingerprint, load_model
+from tunewright.models.load import ModelSource, find, load_model
 from tunewright.recipes import Recipe, to_yaml
 from tunewright.runs import Run
 from tunewright.train import guard, ledger, readers
@@ -251,10 +251,10 @@ class _StageRun:
 
     def _lineage(self) -> Tree:
         return {
-            "base": self.job.source.name, "base_sha256": fingerprint(self.job.source),
+            "base": self.job.source.name, "base_sha256": self.job.inputs["base_sha256"],
             "license": card.licence_of(self.job.source),
             "drift": self.drifted,
-            "inputs_sha256": store.sha256_json(self.job.inputs()), "seed": self.job.stage.train.seed,
+            "inputs_sha256": store.sha256_json(self.job.inputs), "seed": self.job.stage.train.seed,
             "versions": machine.versions(), "hardware": machine.hardware(),
         }  # fmt: skip
 

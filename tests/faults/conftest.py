@@ -4,15 +4,13 @@ keeps what was counted, for docs/faults.md.
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that child processes find lab.py, too
+from bounded import Bounded, shared
 from lab import Lab
 
 LONG = os.environ.get("TUNEWRIGHT_FAULTS") == "long"
@@ -79,9 +77,33 @@ def lab(tmp_path: Path, tiny_model_folder: Path) -> Lab:
     return Lab(tmp_path, tiny_model_folder)
 
 
+@pytest.fixture(scope="session")
+def bounded() -> Bounded:
+    """Calls in a process of their own, their time and memory measured."""
+    return shared()
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """What a payload would make if it ran."""
+    return tmp_path / "canary"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Know the marker."""
     config.addinivalue_line("markers", "row(number): which row of the fault table a test counts for")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A test that ends before it has counted everything breaks its row, too."""
+    report = yield
+    marker = item.get_closest_marker("row")
+    if marker and report.failed and report.when != "teardown":
+        ended = Tally(marker.args[0], item.nodeid.partition("::")[2])
+        ended.add(False, f"{ended.test} ended early: {call.excinfo.exconly() if call.excinfo else ''}")
+        item.config.stash.setdefault(_COUNTED, []).append(ended)
+    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

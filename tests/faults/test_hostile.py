@@ -11,23 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from bounded import Bounded, chosen, shared, within
+from bounded import Bounded, chosen, within
 from safetensors.torch import load_file, save_file
 
 from tunewright.models.load import find, load_model
 
 Harm = Callable[[Path, Path], None]
 """Does something to a model's folder so that, if code runs, the canary is made."""
-
-
-@pytest.fixture(scope="module")
-def bounded() -> Bounded:
-    return shared()
-
-
-@pytest.fixture
-def canary(tmp_path: Path) -> Path:
-    return tmp_path / "canary"
 
 
 @pytest.fixture

@@ -8,22 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bounded import Bounded, chosen, shared, within
+from bounded import Bounded, chosen, within
 
 from tunewright.core.errors import ModelError
 from tunewright.data import template_check
 from tunewright.data.template import ChatCodec, template_names
 from tunewright.data.tokens import cache_folder
-
-
-@pytest.fixture(scope="module")
-def bounded() -> Bounded:
-    return shared()
-
-
-@pytest.fixture
-def canary(tmp_path: Path) -> Path:
-    return tmp_path / "canary"
 
 
 def judge(tally: Any, told: dict[str, Any], canary: Path, place: str, what: str) -> None:

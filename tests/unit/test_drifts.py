@@ -40,7 +40,7 @@ def todo(tree: dict[str, Any]) -> list[Job]:
 
 def begun(folder: Path, todo: list[Job]) -> Path:
     for job in todo:
-        store.write_record(folder / "stages" / job.stage.name / drifts.INPUTS, job.inputs())
+        store.write_record(folder / "stages" / job.stage.name / drifts.INPUTS, job.inputs)
     return folder
 
 
@@ -118,7 +118,7 @@ def test_all_changes_of_all_stages_are_told_at_once(tmp_path: Path, todo: list[J
 
 def test_an_option_that_is_new_or_gone_is_told(tmp_path: Path, todo: list[Job]) -> None:
     begun(tmp_path, todo)
-    method = {**todo[0].inputs()["method"], "old": 3}
+    method = {**todo[0].inputs["method"], "old": 3}
     del method["rank"]
     changed(tmp_path, "first", "method", method)
     assert told(tmp_path, todo) == [

@@ -1,5 +1,8 @@
 """Numbers as people read and write them."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -77,6 +80,13 @@ def test_parse_bytes_refuses_what_is_no_size(text: str) -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 2**20 < peak_memory_bytes() < 2**40
+
+
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    held = bytearray(400 << 20)
+    code = "from tunewright.core.units import peak_memory_bytes; print(peak_memory_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(told) < 100 << 20 < len(held)
 
 
 @given(st.lists(st.integers()), st.integers(1, 5))
