@@ -146,9 +146,8 @@ def make_trainer(
         config = TrainConfig(**{"tokens_per_batch": 64, "warmup": 0.0, **train})
         logs.append(EventLog(tmp_path / folder / "events.jsonl", *readers))
         return Trainer(
-            model, Sft(Config(), ChatCodec(tokenizer)), make_mixture(talks),
-            make_mixture(valid, "valid") if valid else (), config, precision, logs[-1],
-            tmp_path / folder, chosen.default_lr,
+            model, chosen, Sft(Config(), ChatCodec(tokenizer)), make_mixture(talks),
+            make_mixture(valid, "valid") if valid else (), config, precision, logs[-1], tmp_path / folder,
         )  # fmt: skip
 
     yield make

@@ -29,6 +29,7 @@ class Listed(StrEnum):
 
     methods = "methods"
     objectives = "objectives"
+    optimizers = "optimizers"
     models = "models"
     templates = "templates"
     data = "data"
@@ -187,7 +188,7 @@ def doctor(
 
 @app.command("list")
 def list_(what: Listed, as_json: Json = False) -> None:
-    """List methods, objectives, models, templates or data; or print the recipe's JSON schema."""
+    """List methods, objectives, optimizers, models, templates or data; or print the recipe's JSON schema."""
     from tunewright import examine
 
     if what is Listed.schema:

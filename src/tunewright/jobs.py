@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunewright import methods, objectives
+from tunewright import methods, objectives, optimizers
 from tunewright.core import machine, store
 from tunewright.core.errors import HardwareError, ModelError, Problem, UserError
 from tunewright.core.paths import folder_to_make
@@ -18,7 +18,7 @@ from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Mixture
 from tunewright.models import inspect
-from tunewright.models.load import ModelSource, best_device, find, fingerprint, load_tokenizer
+from tunewright.models.load import ModelSource, best_device, find, fingerprint, load_tokenizer, outline
 from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import as_data
 from tunewright.train import readers
@@ -34,6 +34,7 @@ class Job:
     source: ModelSource
     method: methods.Method
     objective: objectives.Objective
+    optimizer: optimizers.Optimizer
     codec: ChatCodec
     data: Mixture
     valid: Mixture
@@ -128,7 +129,8 @@ def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[
         found += error.problems
         return None
     parent = earlier.get(stage.model.removeprefix("stage:")) if stage.model.startswith("stage:") else None
-    return Job(stage, source, method, objective, codec, data, valid, asked, parent)
+    optimizer = optimizers.create(stage.optimizer, plugin_config("optimizers", stage.optimizer))
+    return Job(stage, source, method, objective, optimizer, codec, data, valid, asked, parent)
 
 
 def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tuple[ModelSource, ChatCodec]:
@@ -144,6 +146,7 @@ def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tup
     else:
         source = _found(stage, problems)
     problems += _memory(stage, source, method)
+    problems += method.problems(outline(source))
     if problems:
         raise HardwareError(problems)
     codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source))

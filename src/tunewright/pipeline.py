@@ -192,8 +192,8 @@ class _StageRun:
         torch.manual_seed(derive(stage.train.seed, "method"))
         model = self.job.method.apply(model)
         trainer = Trainer(
-            model, self.job.objective, self.job.data, self.job.valid, stage.train, stage.precision, self.log,
-            self.folder, self.job.method.default_lr, self.preemption,
+            model, self.job.method, self.job.objective, self.job.data, self.job.valid, stage.train,
+            stage.precision, self.log, self.folder, self.preemption, self.job.optimizer,
         )  # fmt: skip
         state = trainer.run(resumed)
         trainer.optimizer.release()  # what fitted beside it before training fits after it
@@ -235,7 +235,8 @@ class _StageRun:
             scores.pop("answers", None)
         return {
             "name": stage.name, "model": stage.model, "method": stage.method, "objective": stage.objective,
-            "precision": stage.precision, "train_config": stage.train.model_dump(mode="json"),
+            "optimizer": stage.optimizer, "precision": stage.precision,
+            "train_config": stage.train.model_dump(mode="json"),
             "parameters": {"total": total, "trainable": trained, "share": trained / total},
             "data": {"train": statistics(self.job.data), "valid": statistics(self.job.valid),
                      "padding_share": trainer.padding_share()},

@@ -95,8 +95,8 @@ class Lab:
         model = job.method.apply(load_model(job.source, stage.precision))
         log = EventLog(self.folder / name / "events.jsonl", *readers)
         return Trainer(
-            model, job.objective, job.data, job.valid, stage.train, stage.precision, log, self.folder / name,
-            job.method.default_lr,
+            model, job.method, job.objective, job.data, job.valid, stage.train, stage.precision, log,
+            self.folder / name, algorithm=job.optimizer,
         )  # fmt: skip
 
     def start(self, recipe: Path, output: Path, *more: str, **environment: str) -> BaseProcess:

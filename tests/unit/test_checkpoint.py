@@ -11,17 +11,17 @@ from tunewright.core import store
 from tunewright.core.errors import DamagedError
 from tunewright.recipes import TrainConfig
 from tunewright.train.checkpoint import Checkpoints, Restored, step_of
-from tunewright.train.optimizer import MasterAdamW
+from tunewright.train.optimizer import Masters
 from tunewright.train.state import TrainState
 
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
 DAMAGE = ["missing", "empty", "truncated", "flipped"]
 
 
-def optimizer(value: float) -> MasterAdamW:
+def optimizer(value: float) -> Masters:
     """An optimizer after one step, its weights all ``value``."""
     model = nn.Linear(3, 2)
-    made = MasterAdamW(model, TrainConfig(), 0.01)
+    made = Masters(model, TrainConfig(), 0.01)
     model(torch.ones(1, 3)).sum().backward()
     made.gather()
     made.step(1.0)
@@ -29,7 +29,7 @@ def optimizer(value: float) -> MasterAdamW:
     return made
 
 
-def value(made: MasterAdamW) -> float:
+def value(made: Masters) -> float:
     (only,) = {float(x) for weights in made.weights().values() for x in weights.flatten()}
     return only
 
@@ -90,7 +90,7 @@ def test_or_the_newest_before_a_step(tmp_path: Path) -> None:
 def test_moments_are_restored(tmp_path: Path) -> None:
     checkpoints, source = Checkpoints(tmp_path, 1), optimizer(1.0)
     checkpoints.save(source, TrainState(step=1))
-    target = MasterAdamW(nn.Linear(3, 2), TrainConfig(), 0.01)
+    target = Masters(nn.Linear(3, 2), TrainConfig(), 0.01)
     checkpoints.restore(target)
     assert target.state().keys() == source.state().keys()
     assert all(torch.equal(target.state()[name], tensor) for name, tensor in source.state().items())
@@ -99,11 +99,11 @@ def test_moments_are_restored(tmp_path: Path) -> None:
 def test_what_the_objective_declares_is_restored(tmp_path: Path) -> None:
     declared = {"baseline": torch.tensor([0.25, 3.0])}
     checkpoints = Checkpoints(tmp_path, 1)
-    path = checkpoints.save(optimizer(1.0), TrainState(step=1), declared)
+    path = checkpoints.save(optimizer(1.0), TrainState(step=1), {"objective": declared, "method": {}})
     assert names(path) == sorted([*FILES, "objective.safetensors"])
     restored = checkpoints.restore(optimizer(0.0))
-    assert restored.objective.keys() == declared.keys()
-    assert torch.equal(restored.objective["baseline"], declared["baseline"])
+    assert restored.declared["objective"].keys() == declared.keys()
+    assert torch.equal(restored.declared["objective"]["baseline"], declared["baseline"])
 
 
 def test_nothing_to_restore_leaves_the_optimizer_alone(tmp_path: Path) -> None:

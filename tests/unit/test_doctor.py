@@ -17,7 +17,7 @@ from tunewright.core.errors import UserError
 from tunewright.recipes import TrainConfig
 from tunewright.train.checkpoint import Checkpoints
 from tunewright.train.ledger import Ledger
-from tunewright.train.optimizer import MasterAdamW
+from tunewright.train.optimizer import Masters
 from tunewright.train.state import TrainState
 
 Command = Callable[..., tuple[int, str, str]]
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
     folder, stage = tmp_path / "run", tmp_path / "run" / "stages" / "sft"
     ledger, log = Ledger(stage / "samples.jsonl"), journal.Journal(folder / "events.jsonl")
     checkpoints = Checkpoints(stage / "checkpoints", 2, keep_best=True)
-    optimizer = MasterAdamW(nn.Linear(3, 2), TrainConfig(), 0.01)
+    optimizer = Masters(nn.Linear(3, 2), TrainConfig(), 0.01)
     for step in range(1, 6):
         ledger.learned(step, [step, 7])
         log.append({"kind": "step", "step": step})
@@ -157,7 +157,7 @@ def test_a_damaged_result_is_made_again(run: Path) -> None:
 
 def test_a_checkpoint_whose_best_weights_are_damaged_is_not_gone_on_from(run: Path) -> None:
     flip(run / "stages" / "sft" / "checkpoints" / "best-00000003" / "trainable.safetensors")
-    optimizer = MasterAdamW(nn.Linear(3, 2), TrainConfig(), 0.01)
+    optimizer = Masters(nn.Linear(3, 2), TrainConfig(), 0.01)
     said = doctor.examine(run).next[0]
     restored = Checkpoints(run / "stages" / "sft" / "checkpoints", 2, keep_best=True).restore(optimizer)
     assert restored.state is not None
@@ -176,7 +176,7 @@ def test_what_killed_writers_left_is_told_and_is_no_damage(run: Path) -> None:
 def test_what_was_put_aside_is_a_note(run: Path) -> None:
     checkpoints = run / "stages" / "sft" / "checkpoints"
     flip(checkpoints / "step-00000004" / "state.json")
-    Checkpoints(checkpoints, 2).restore(MasterAdamW(nn.Linear(3, 2), TrainConfig(), 0.01))
+    Checkpoints(checkpoints, 2).restore(Masters(nn.Linear(3, 2), TrainConfig(), 0.01))
     found = doctor.examine(run)
     assert found.damaged == []
     notes = [finding.path for finding in found.findings if finding.state == "note"]

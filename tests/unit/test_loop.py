@@ -125,7 +125,7 @@ def test_the_log_tells_what_training_begins_with(make_trainer: MakeTrainer, tmp_
 def gradients(trainer: Trainer) -> tuple[int, float, dict[str, torch.Tensor]]:
     """Forward passes, loss and gradients of the first global batch."""
     parts = trainer.feed.micro_batches(next(trainer.feed.from_step(0)), trainer._budget)
-    loss = trainer._accumulate(parts).loss
+    loss = trainer.passes.over(parts, trainer.clock).loss
     return len(parts), loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from tunewright.core.errors import DriftError
 from tunewright.recipes import TrainConfig
-from tunewright.train.optimizer import MasterAdamW
+from tunewright.train.optimizer import Masters
 
 LR = 0.01
 
@@ -28,7 +28,7 @@ def batches(count: int, start: int = 0) -> Iterator[torch.Tensor]:
         yield torch.randn(5, 6, generator=torch.Generator().manual_seed(i))
 
 
-def learn(model: nn.Module, optimizer: MasterAdamW, x: torch.Tensor, factor: float = 1.0) -> float:
+def learn(model: nn.Module, optimizer: Masters, x: torch.Tensor, factor: float = 1.0) -> float:
     model(x.to(next(model.parameters()).dtype)).float().square().mean().backward()
     norm = optimizer.gather()
     optimizer.step(factor)
@@ -49,7 +49,7 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_fp32_is_torchs_own_adamw_to_the_last_bit() -> None:
     ours, theirs = network(), network()
     config = TrainConfig(weight_decay=0.1, clip=0.05)
-    optimizer = MasterAdamW(ours, config, LR)
+    optimizer = Masters(ours, config, LR)
     named = list(theirs.named_parameters())
     groups = [
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": 0.1},
@@ -72,14 +72,14 @@ def test_fp32_is_torchs_own_adamw_to_the_last_bit() -> None:
 
 def test_fp32_weights_are_their_own_masters() -> None:
     model = network()
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     masters = optimizer.weights()
     assert all(p.data_ptr() == masters[name].data_ptr() for name, p in model.named_parameters())
 
 
 def test_gradients_are_dropped_after_a_step() -> None:
     model = network()
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     learn(model, optimizer, next(batches(1)))
     assert all(p.grad is None for p in model.parameters())
 
@@ -89,7 +89,7 @@ def test_the_scale_of_the_loss_is_taken_out_again() -> None:
     x = next(batches(1))
     norms = []
     for model, scale in zip(models, (1.0, 1024.0), strict=True):
-        optimizer = MasterAdamW(model, TrainConfig(), LR)
+        optimizer = Masters(model, TrainConfig(), LR)
         (model(x).square().mean() * scale).backward()
         norms.append(optimizer.gather(scale))
         optimizer.step(1.0)
@@ -103,7 +103,7 @@ def test_the_scale_of_the_loss_is_taken_out_again() -> None:
 def test_bf16_masters_gather_updates_that_are_too_small_for_bf16() -> None:
     weight = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     nn.init.ones_(weight.weight)
-    optimizer = MasterAdamW(weight, TrainConfig(weight_decay=0.0), 1e-4)
+    optimizer = Masters(weight, TrainConfig(weight_decay=0.0), 1e-4)
     bare = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(100):
         weight.weight.grad = torch.ones_like(weight.weight)
@@ -117,7 +117,7 @@ def test_bf16_masters_gather_updates_that_are_too_small_for_bf16() -> None:
 
 def test_bf16_weights_are_their_masters_rounded() -> None:
     model = network(torch.bfloat16)
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     for x in batches(5):
         learn(model, optimizer, x)
     masters = optimizer.weights()
@@ -133,7 +133,7 @@ def test_bf16_weights_are_their_masters_rounded() -> None:
 def test_frozen_weights_are_not_the_optimizers() -> None:
     model = network()
     model[0].requires_grad_(False)
-    optimizer = MasterAdamW(model, TrainConfig(weight_decay=0.5), LR)
+    optimizer = Masters(model, TrainConfig(weight_decay=0.5), LR)
     before = snapshot(model)
     learn(model, optimizer, next(batches(1)))
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -142,7 +142,7 @@ def test_frozen_weights_are_not_the_optimizers() -> None:
 
 def test_only_matrices_decay() -> None:
     model = network()
-    optimizer = MasterAdamW(model, TrainConfig(weight_decay=0.5), LR)
+    optimizer = Masters(model, TrainConfig(weight_decay=0.5), LR)
     before = snapshot(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -158,14 +158,14 @@ def test_matrices_alone_or_none_at_all_may_be_trained(kept: str) -> None:
     model = nn.Linear(6, 3)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == kept)
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     learn(model, optimizer, next(batches(1)))
     assert list(optimizer.weights()) == [kept]
 
 
 def test_a_weight_without_a_gradient_stays() -> None:
     model = nn.ModuleDict({"used": nn.Linear(6, 3), "unused": nn.Linear(6, 3)})
-    optimizer = MasterAdamW(model, TrainConfig(weight_decay=0.5), LR)
+    optimizer = Masters(model, TrainConfig(weight_decay=0.5), LR)
     before = snapshot(model)
     model["used"](next(batches(1))).sum().backward()
     optimizer.gather()
@@ -180,7 +180,7 @@ def test_a_weight_without_a_gradient_stays() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_updated(value: float) -> None:
     model = network()
-    optimizer = MasterAdamW(model, TrainConfig(weight_decay=0.1), LR)
+    optimizer = Masters(model, TrainConfig(weight_decay=0.1), LR)
     learn(model, optimizer, next(batches(1)))
     weights = snapshot(model)
     state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
@@ -194,7 +194,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_updated(value: fl
 
 def test_after_dropping_bad_gradients_training_goes_on_as_if_there_were_none() -> None:
     model, undisturbed = network(), network()
-    optimizer, other = (MasterAdamW(m, TrainConfig(), LR) for m in (model, undisturbed))
+    optimizer, other = (Masters(m, TrainConfig(), LR) for m in (model, undisturbed))
     model(next(batches(1))).square().mean().backward()
     model[0].bias.grad[0] = float("nan")
     assert not math.isfinite(optimizer.gather())
@@ -212,7 +212,7 @@ def test_after_dropping_bad_gradients_training_goes_on_as_if_there_were_none() -
 
 def test_masters_and_moments_that_are_not_finite_are_named() -> None:
     model = network()
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     learn(model, optimizer, next(batches(1)))
     assert optimizer.not_finite() == []
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_masters_and_moments_that_are_not_finite_are_named() -> None:
 
 def test_a_master_is_told_where_bf16_rounding_hides_it() -> None:
     model = network(torch.bfloat16)
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     with torch.no_grad():
         optimizer.masters["0.weight"][1, 1] = float("-inf")
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
@@ -236,7 +236,7 @@ def test_a_master_is_told_where_bf16_rounding_hides_it() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_through_safetensors_goes_on_to_the_last_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = network(dtype)
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     for x in batches(4):
         learn(model, optimizer, x)
     save_file({name: t.clone() for name, t in optimizer.weights().items()}, tmp_path / "weights")
@@ -245,7 +245,7 @@ def test_state_through_safetensors_goes_on_to_the_last_bit(tmp_path: Path, dtype
         learn(model, optimizer, x)
 
     again = network(dtype)
-    resumed = MasterAdamW(again, TrainConfig(), LR)
+    resumed = Masters(again, TrainConfig(), LR)
     resumed.set_weights(load_file(tmp_path / "weights"))
     resumed.set_state(load_file(tmp_path / "state"))
     for x in batches(4, start=4):
@@ -257,7 +257,7 @@ def test_state_through_safetensors_goes_on_to_the_last_bit(tmp_path: Path, dtype
 
 def test_the_state_is_named_after_the_weights() -> None:
     model = network()
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     before = optimizer.state()
     assert {"0.weight|exp_avg", "0.weight|exp_avg_sq", "0.weight|step"} <= set(before)
     assert len(before) == 3 * len(list(model.parameters()))
@@ -266,7 +266,7 @@ def test_the_state_is_named_after_the_weights() -> None:
 
 
 def test_moments_exist_before_the_first_step_and_are_zero() -> None:
-    optimizer = MasterAdamW(network(torch.bfloat16), TrainConfig(), LR)
+    optimizer = Masters(network(torch.bfloat16), TrainConfig(), LR)
     assert all(not tensor.any() for tensor in optimizer.state().values())
     assert {tensor.dtype for tensor in optimizer.state().values()} == {torch.float32}
     assert optimizer.state()["0.weight|exp_avg"].shape == optimizer.weights()["0.weight"].shape
@@ -274,7 +274,7 @@ def test_moments_exist_before_the_first_step_and_are_zero() -> None:
 
 def test_putting_masters_back_sets_the_rounded_weights_too() -> None:
     model = network(torch.bfloat16)
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     saved = {name: torch.full_like(master, 0.1) for name, master in optimizer.weights().items()}
     optimizer.set_weights(saved)
     assert all(torch.equal(p, torch.full_like(p, 0.1)) for p in model.parameters())
@@ -283,7 +283,7 @@ def test_putting_masters_back_sets_the_rounded_weights_too() -> None:
 
 @pytest.mark.parametrize("wrong", ["missing", "shape", "more"])
 def test_the_weights_of_another_model_are_refused_and_nothing_is_set(wrong: str) -> None:
-    optimizer = MasterAdamW(network(), TrainConfig(), LR)
+    optimizer = Masters(network(), TrainConfig(), LR)
     before = {name: master.clone() for name, master in optimizer.weights().items()}
     saved = {name: torch.zeros_like(master) for name, master in before.items()}
     if wrong == "missing":
@@ -299,7 +299,7 @@ def test_the_weights_of_another_model_are_refused_and_nothing_is_set(wrong: str)
 
 def test_release_gives_the_memory_back_and_leaves_the_model() -> None:
     model = network(torch.bfloat16)
-    optimizer = MasterAdamW(model, TrainConfig(), LR)
+    optimizer = Masters(model, TrainConfig(), LR)
     learn(model, optimizer, next(batches(1)))
     kept = [weakref.ref(tensor) for tensor in (*optimizer.masters.values(), *optimizer.state().values())]
     before = snapshot(model)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from tunewright.core.errors import Problem, RecipeError, nearest
 
 FOLDERS_VARIABLE = "TUNEWRIGHT_PLUGINS"
-ROOMS = ("methods", "objectives")
+ROOMS = ("methods", "objectives", "optimizers")
 Contract = TypeVar("Contract")
 
 

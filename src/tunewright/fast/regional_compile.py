@@ -5,12 +5,12 @@ Costs seconds at the first step and needs a C++ compiler on a CPU; pays back on 
 
 from typing import Any
 
-from torch import nn
+from tunewright.models.anatomy import blocks
 
 
 def apply(model: Any) -> int:
-    """Compile each block of the model's deepest stack in place; returns how many."""
-    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    for block in blocks:
+    """Compile each decoder block in place; returns how many."""
+    found = blocks(model)
+    for _, block in found:
         block.compile()
-    return len(blocks)
+    return len(found)

@@ -2,36 +2,101 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from tunewright.core import plugins
 from tunewright.core.config import Config
 from tunewright.core.errors import DamagedError, ModelError, Problem
+from tunewright.core.words import Words
+from tunewright.data.template import ChatCodec
 from tunewright.methods import _adapter
 from tunewright.models.load import DTYPES, ModelSource, find, load_model
 
 _TRUST = "TUNEWRIGHT_TRUST_REMOTE_CODE"
 
 
-class Method(ABC):
-    """The contract. ``config`` is the file's own ``Config``."""
+@dataclass(frozen=True)
+class Facts:
+    """What one weighs before choosing a method; ``list methods`` and docs/methods.md show it."""
 
+    idea: Words
+    formula: str
+    """What an adapted layer computes, or what is trained."""
+    count: str
+    """Trainable parameters, as :meth:`Method.count` computes them."""
+    inference: Words
+    """What it costs at inference beyond the base model."""
+    when: Words
+    paper: str
+    keeps_apart: Words | None = None
+    """Why it cannot be merged into the base; None if it can."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training is: ``step`` counts from 0, ``seed`` is the recipe's."""
+
+    step: int
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may look at before training: the tokenizer with its template, and batches of the data."""
+
+    codec: ChatCodec
+    batches: Callable[[], Iterator[dict[str, Tensor]]]
+    clock: Clock
+
+
+class Method(ABC):
+    """The contract. ``config`` is the file's own ``Config``.
+
+    A method needs ``inject``, ``count``, ``export`` and ``load``, and ``merge`` where it can. The hooks from
+    ``begin`` on are for what changes in the course of training; all randomness in them comes from the clock, so
+    that a run that was killed goes on bit for bit.
+    """
+
+    facts: ClassVar[Facts]
     default_lr: ClassVar[float]
     """The peak learning rate when the recipe gives none."""
     folder: ClassVar[str]
     """``adapter`` if what is saved needs its base, ``model`` if it stands alone."""
-
     needs_weights: ClassVar[bool] = True
     """False if training begins from the architecture alone, with random weights."""
+    starts_equal: ClassVar[bool] = True
+    """Whether outputs are the base's own until the first step."""
+    base_bytes: ClassVar[float] = 2.0
+    """Bytes that a frozen weight takes under bf16; less where the base is quantized."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """The ``peft_type`` values of other tools' adapters that this method loads."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    @abstractmethod
     def apply(self, model: Any) -> Any:
-        """The model with everything frozen but what this method trains."""
+        """The model with everything frozen but what this method trains; ModelError says what speaks against it."""
+        if problems := self.problems(model):
+            raise ModelError(problems)
+        return self.inject(model)
+
+    def problems(self, model: Any) -> list[Problem]:
+        """Why this method cannot be used on this model, which may lie on the ``meta`` device."""
+        return []
+
+    @abstractmethod
+    def inject(self, model: Any) -> Any:
+        """Freeze and add; called by :meth:`apply`."""
+
+    @abstractmethod
+    def count(self, model: Any) -> int:
+        """How many parameters will be trained, from the base's shapes alone (it may lie on ``meta``)."""
 
     @abstractmethod
     def export(self, model: Any, folder: Path) -> None:
@@ -43,9 +108,47 @@ class Method(ABC):
         """The trained model again, from its base and an exported folder."""
 
     @classmethod
-    @abstractmethod
     def merge(cls, model: Any) -> Any:
-        """A plain transformers model with the same outputs; UserError if the method has none."""
+        """A plain transformers model with the same outputs; ModelError with the reason if there is none."""
+        reason = cls.facts.keeps_apart
+        assert reason, f"{cls.__name__} can be merged by its facts, but has no merge"  # noqa: S101 our own bug
+        raise ModelError(Problem("method", reason.en, "export it without --merge"))
+
+    def lr_scale(self, name: str) -> float:
+        """The learning rate of a parameter as a multiple of the recipe's."""
+        return 1.0
+
+    def begin(self, model: Any, setting: Setting) -> None:
+        """Called once after :meth:`apply`, before the optimizer is made; also when a run goes on."""
+
+    def before_step(self, model: Any, clock: Clock) -> None:
+        """Called before the forward passes of a step, perhaps several times for the same one.
+
+        What no longer requires gradients afterwards has no optimizer state in that step.
+        """
+
+    def penalty(self, model: Any, clock: Clock) -> Tensor | None:
+        """What is added to the loss of a step, if anything."""
+        return None
+
+    def after_update(self, model: Any, clock: Clock) -> None:
+        """Called after the optimizer's update; parameters are their fp32 masters here, with their gradients."""
+
+    def finish(self, model: Any) -> None:
+        """Called after the last step, before the result is measured and saved."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What changes in training besides parameters and must survive a kill."""
+        return {}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave, after :meth:`begin`. ValueError for tensors that it did not declare."""
+        if state:
+            raise ValueError(f"{type(self).__name__} declares no state, found {', '.join(state)}")
+
+    def report(self, model: Any) -> dict[str, Any]:
+        """Figures of its own about what was trained, for results and report; JSON."""
+        return {}
 
 
 def create(choice: Mapping[str, Any], config: Config) -> Method:
@@ -59,8 +162,18 @@ def kind(name: str) -> type[Method]:
 
 
 def foreign_manifest(folder: Path) -> dict[str, Any]:
-    """What our manifest would say of another tool's adapter; ModelError if it cannot be loaded."""
-    return {"base": _adapter.base(folder), "method": "lora", "precision": "fp32"}
+    """What our manifest would say of an adapter without one; ModelError if it cannot be loaded."""
+    config, names = _adapter.config(folder), plugins.names("methods")
+    found = config.get("peft_type")
+    if found == _adapter.OWN:
+        reader = next((name for name in names if name == config.get("tunewright_method")), None)
+    else:
+        reader = next((name for name in names if found in kind(name).reads), None)
+    if reader is None:
+        known = ", ".join(sorted(other for name in names for other in kind(name).reads))
+        what = f"an adapter of the type {str(found)[:80]!r}"
+        raise ModelError(Problem(str(folder / _adapter.CONFIG), what, f"these can be loaded: {known}"))
+    return {"base": _adapter.base(folder), "method": reader, "precision": "fp32"}
 
 
 def load_adapter(
@@ -75,8 +188,6 @@ def load_adapter(
         raise DamagedError(f"{folder}: the manifest does not name base and method")
     if precision not in DTYPES:
         raise DamagedError(f"{folder}: the manifest names no precision that there is, but {precision!r}")
-    if (folder / _adapter.CONFIG).exists():
-        _adapter.check(folder)
     method = kind(manifest["method"])
     return method.load(load_model(base_of(manifest, trusted), precision), folder), method
 

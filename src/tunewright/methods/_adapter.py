@@ -3,32 +3,55 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from tunewright.core.errors import ModelError, Problem
 from tunewright.models import files, intact
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+OWN = "TUNEWRIGHT"
+"""The ``peft_type`` in the folders of the methods that are ours."""
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
 _PLAIN = re.compile(r"\^?(?:\w|-|\\?\.)+\$?")
+_SIZES = (
+    "r", "init_r", "target_r", "num_virtual_tokens", "oft_block_size", "boft_block_size", "boft_block_num",
+    "decompose_factor", "block_size", "n_frequency", "num_vectors", "vector_length", "adapter_len", "token_dim",
+)  # fmt: skip
+PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _UNSUPPORTED = ("megatron_config", "layer_replication")
 
 
-def check(folder: Path) -> dict[str, Any]:
-    """The adapter's config. ModelError with everything that speaks against loading it."""
+def config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, which is an object; ModelError if it is none."""
     path = folder / CONFIG
     intact.check_place(folder, path)
-    config, ranks = files.json_object(path), _ranks(folder)
-    found = [*_kind(config), *_numbers(config, max(ranks.values())), *_names(config)]
+    return files.json_object(path)
+
+
+def check(folder: Path, types: tuple[str, ...]) -> dict[str, Any]:
+    """The config of an adapter of one of these types. ModelError with everything that speaks against loading it."""
+    found_config = config(folder)
+    tensors = header(folder)
+    if not tensors:
+        files.refuse(folder / WEIGHTS, "holds no weights")
+    sides = [side for entry in tensors.values() for side in entry["shape"]]
+    found = [
+        *_kind(found_config, types),
+        *_numbers(found_config, max(sides, default=0)),
+        *_names(found_config),
+    ]
+    if "LORA" in types:
+        found += _lora(found_config, max(_ranks(folder).values()))
     if found:
-        raise ModelError(Problem(str(path), what, fix) for what, fix in found)
-    return config
+        raise ModelError(Problem(str(folder / CONFIG), what, fix) for what, fix in found)
+    return found_config
 
 
 def base(folder: Path) -> str:
     """The base model that another tool's adapter names; ModelError if it names none."""
-    name = check(folder).get("base_model_name_or_path")
+    name = config(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or not name or "://" in name:
         what = f"base_model_name_or_path is {str(name)[:80]!r}, expected a folder or a hub id"
         raise ModelError(Problem(str(folder / CONFIG), what, "write the base model there"))
@@ -45,26 +68,29 @@ def header(folder: Path) -> dict[str, dict[str, Any]]:
     return files.safetensors_header(path)
 
 
-def modules(folder: Path) -> list[str]:
-    """The names of the adapted modules, as the weights have them."""
-    return sorted(_ranks(folder))
+def modules(folder: Path, prefix: str) -> list[str]:
+    """The names of the adapted modules as the weights have them; ``prefix`` begins the adapter's own names."""
+    found = (
+        name[len(PREFIX) :].partition(f".{prefix}") for name in header(folder) if name.startswith(PREFIX)
+    )
+    return sorted({module for module, dot, _ in found if dot})
 
 
 def _ranks(folder: Path) -> dict[str, int]:
-    """Each adapted module's rank."""
+    """Each LoRA-adapted module's rank."""
     ranks = {}
     for name, entry in header(folder).items():
-        if name.startswith(_PREFIX) and (found := _FACTOR.search(name)) and entry["shape"]:
-            sides = entry["shape"]
-            ranks[name[len(_PREFIX) : found.start()]] = sides[0]
+        if name.startswith(PREFIX) and (found := _FACTOR.search(name)) and entry["shape"]:
+            ranks[name[len(PREFIX) : found.start()]] = entry["shape"][0]
     if not ranks:
         files.refuse(folder / WEIGHTS, "holds no LoRA weights")
     return ranks
 
 
-def _kind(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    if config.get("peft_type") != "LORA":
-        yield f"an adapter of the type {str(config.get('peft_type'))[:80]!r}", "only LORA can be loaded"
+def _kind(config: dict[str, Any], types: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if config.get("peft_type") not in types:
+        what = f"an adapter of the type {str(config.get('peft_type'))[:80]!r}, expected {' or '.join(types)}"
+        yield what, files.AGAIN
     mapping = config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
     if library is not None and not str(library).startswith("transformers."):
@@ -73,7 +99,18 @@ def _kind(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from ((f"{key} is not supported", "drop that key") for key in _UNSUPPORTED if config.get(key))
 
 
-def _numbers(config: dict[str, Any], most: int) -> Iterator[tuple[str, str]]:
+def _numbers(config: dict[str, Any], longest: int) -> Iterator[tuple[str, str]]:
+    """No number that memory is taken by may be larger than any side of the weights."""
+    for key in _SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value <= longest):
+            yield (
+                f"{key} is {str(value)[:40]!r}, no side of its weights is longer than {longest}",
+                files.AGAIN,
+            )
+
+
+def _lora(config: dict[str, Any], most: int) -> Iterator[tuple[str, str]]:
     """Ranks no larger than the weights have them, and scales that are numbers."""
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     for key, pattern in patterns.items():
@@ -90,19 +127,15 @@ def _numbers(config: dict[str, Any], most: int) -> Iterator[tuple[str, str]]:
 
 def _names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Module names, which PEFT takes for patterns; a pattern can be made to search for ever."""
-    if not isinstance(config.get("target_modules"), (str, list)):
+    if not isinstance(config.get("target_modules"), (str, list, NoneType)):
         yield "target_modules is neither a list nor a pattern", files.AGAIN
     keys = (
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "layers_pattern",
-        "target_modules",
-        "exclude_modules",
-    )
+        "rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern", "target_modules",
+        "exclude_modules", "feedforward_modules", "target_parameters",
+    )  # fmt: skip
     for key in keys:
         value = config.get(key) or []
-        if key in ("target_modules", "exclude_modules") and isinstance(value, str):
+        if key in PATTERNS and isinstance(value, str):
             continue  # the weights say what it found
         for name in (
             [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else [None]

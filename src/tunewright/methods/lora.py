@@ -1,14 +1,13 @@
 """LoRA: a frozen weight W gains a trained low-rank term, W + (alpha/r)·B·A (Hu et al. 2021), through PEFT."""
 
-import warnings
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from tunewright.core.config import Config as BaseConfig
-from tunewright.core.errors import ModelError, Problem
-from tunewright.methods import Method, _adapter
+from tunewright.core.words import Words
+from tunewright.methods import Facts
+from tunewright.methods._peft import PeftMethod, as_targets
 
 
 class Config(BaseConfig):
@@ -24,70 +23,36 @@ class Config(BaseConfig):
     """all-linear is every linear layer but the output head; or module names, or a regular expression."""
 
 
-class Lora(Method):
-    """Trains r·(in + out) parameters for each adapted weight and saves PEFT's own format."""
+class Lora(PeftMethod):
+    """Trains r·(in + out) parameters for each adapted weight."""
 
     default_lr = 2e-4
-    folder = "adapter"
-
-    def apply(self, model: Any) -> Any:
-        """A PEFT model. Adapters have the base's dtype: the optimizer holds fp32 masters of them."""
-        from peft import LoraConfig, get_peft_model
-
-        targets = self.config.target_modules
-        config = LoraConfig(
-            r=self.config.rank,
-            lora_alpha=self.config.alpha,
-            lora_dropout=self.config.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-    def export(self, model: Any, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors."""
-        model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written beside it
-
-    @classmethod
-    def load(cls, base: Any, folder: Path) -> Any:
-        """The base with the adapter on it; ModelError if the two do not fit."""
-        from peft import LoraConfig, PeftModel
-
-        _adapter.check(folder)
-        try:
-            config = LoraConfig.from_pretrained(str(folder))
-            if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
-                config.target_modules, config.exclude_modules = set(_adapter.modules(folder)), None
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-                model = PeftModel.from_pretrained(
-                    base, str(folder), config=config, autocast_adapter_dtype=False
-                )
-        except Exception as error:  # whatever PEFT makes of a config that is not as it expects it
-            what = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"[:400]
-            raise ModelError(Problem(str(folder), what)) from error
-        _check_fit(model, folder)
-        return model
-
-    @classmethod
-    def merge(cls, model: Any) -> Any:
-        """W + (alpha/r)·B·A written into W."""
-        return model.merge_and_unload()
-
-
-def _check_fit(model: Any, folder: Path) -> None:
-    """PEFT leaves out what does not fit and begins anew with what is missing; ModelError for both."""
-    from peft import get_peft_model_state_dict
-
-    expected, there = (
-        set(get_peft_model_state_dict(model, save_embedding_layers=False)),
-        set(_adapter.header(folder)),
+    saves = "LORA"
+    reads = ("LORA",)
+    facts = Facts(
+        idea=Words(
+            "The change of a weight matrix is learned as the product of two thin matrices; the matrix itself stays.",
+            "权重矩阵的改变量由两个瘦矩阵的乘积来学习，原矩阵不动。",
+        ),
+        formula="h = W·x + (α/r)·B·A·x",
+        count="Σ r·(in + out) over adapted layers",
+        inference=Words("none once merged", "合并后无额外开销"),
+        when=Words(
+            "The first choice: little memory, good quality, adapters of megabytes that merge without a trace.",
+            "首选：显存省、效果好，适配器只有几兆，合并后没有痕迹。",
+        ),
+        paper="Hu et al. 2021, arXiv:2106.09685",
     )
-    missing = sorted(expected - there)
-    strange = sorted(name for name in there - expected if ".lora_" in name)
-    found = [f"lacks {len(missing)} of {len(expected)} weights: {missing[0]}"] if missing else []
-    found += [f"{len(strange)} weights are for modules that the base lacks: {strange[0]}"] if strange else []
-    if found:
-        where = str(folder / _adapter.WEIGHTS)
-        raise ModelError(Problem(where, what, "download it again, and name its own base") for what in found)
+
+    def peft_config(self, model: Any) -> Any:
+        """PEFT's LoraConfig."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.config.rank, lora_alpha=self.config.alpha, lora_dropout=self.config.dropout,
+            target_modules=as_targets(self.config.target_modules), task_type="CAUSAL_LM",
+        )  # fmt: skip
+
+    def count(self, model: Any) -> int:
+        """Two factors for each adapted layer."""
+        return sum(self.config.rank * (layer.inputs + layer.outputs) for layer in self.adapted(model))

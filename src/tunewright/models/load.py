@@ -189,29 +189,40 @@ def _initialised(source: ModelSource, dtype: torch.dtype) -> Any:
 
     from tunewright.models.inspect import available_memory
 
-    config, need = _outline(source, dtype)
-    if need > (free := available_memory()):
+    shape = outline(source, dtype)
+    if (need := _bytes(shape)) > (free := available_memory()):
         what = (
             f"{source.name} needs {human_bytes(need)} for its weights, {human_bytes(free)} of memory is free"
         )
         raise ModelError(Problem("model", what, "use a smaller model"))
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    return AutoModelForCausalLM.from_config(
+        shape.config, dtype=dtype, trust_remote_code=source.trust_remote_code
+    )
 
 
-def _outline(source: ModelSource, dtype: torch.dtype) -> tuple[Any, int]:
-    """The model's config and the bytes that its weights would take, told without making them."""
+def outline(source: ModelSource, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model with all its shapes and no values: its tensors lie on the ``meta`` device and take no memory.
+
+    ModelError if the config describes no model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     code = source.trust_remote_code
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=code)
-    with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
-    return config, sum(p.numel() * p.element_size() for p in outline.parameters())
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
+    except Exception as error:  # whatever the libraries make of a config that is not as they expect it
+        raise ModelError(Problem("model", f"{source.name} cannot be loaded: {_brief(error)}")) from error
+
+
+def _bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _check_proportion(source: ModelSource, dtype: torch.dtype) -> None:
     """ModelError before memory is taken for weights that the files cannot fill, be they packed ever so tightly."""
-    _, need = _outline(source, dtype)
+    need = _bytes(outline(source, dtype))
     stored = sum(path.stat().st_size for path in intact.weight_files(Path(source.path)))
     if need > max(_ANY_SIZE, _TIGHTEST * stored):
         what = f"{source.name} has {human_bytes(stored)} of weights, its config describes {human_bytes(need)}"

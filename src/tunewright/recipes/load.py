@@ -11,12 +11,13 @@ from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.recipes import reading
-from tunewright.recipes.schema import Recipe, Stage, as_choice
+from tunewright.recipes.schema import CHOSEN, Recipe, Stage, as_choice
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
 _RUN_KEYS = ("output", "logs", "stages")
 _DEEPEST_KEY = 20
+_CHOICES = tuple((f"{key}s", key) for key in CHOSEN)
 _KEYS = (*(key for key in Stage.model_fields if key != "name"), *_RUN_KEYS)
 
 
@@ -73,7 +74,7 @@ def _spelled_out(tree: Tree) -> Tree:
     long = dict(tree)
     if isinstance(long.get("data"), (str, list)):
         long["data"] = {"train": long["data"]}
-    for key in ("method", "objective"):
+    for key in CHOSEN:
         if isinstance(long.get(key), str):
             long[key] = {"name": long[key]}
     if isinstance(long.get("stages"), list):
@@ -143,7 +144,7 @@ def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
     """One validated stage, its plugin options checked too and its defaults written out."""
     stage = _validated(Stage, tree, where, found)
     update: Tree = {}
-    for room, key in (("methods", "method"), ("objectives", "objective")):
+    for room, key in _CHOICES:
         choice = as_choice(tree.get(key, {}), key)
         if not isinstance(choice, dict) or not isinstance(choice.get("name"), str):
             continue  # already a problem of the stage itself
@@ -199,7 +200,7 @@ def schema_json() -> Tree:
     """JSON schema of a recipe file, with the options of every method and objective, for editors."""
     stage = Stage.model_json_schema()
     definitions = stage.pop("$defs", {})
-    for room, key in (("methods", "method"), ("objectives", "objective")):
+    for room, key in _CHOICES:
         stage["properties"][key] = {"anyOf": [{"enum": plugins.names(room)}, *_choices(room, definitions)]}
     run = Recipe.model_json_schema()["properties"]
     partial = {**stage, "required": [], "title": "Stage"}

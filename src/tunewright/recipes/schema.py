@@ -111,8 +111,8 @@ class EvaluateConfig(Config):
     """Answers shown side by side in the report."""
 
 
-CHOSEN = {"method": "lora", "objective": "sft"}
-"""What a stage that names no method or objective has."""
+CHOSEN = {"method": "lora", "objective": "sft", "optimizer": "adamw"}
+"""What a stage has that names none; each key's plugins are in the room of its plural."""
 
 
 def as_choice(value: Any, key: str) -> Any:
@@ -124,6 +124,7 @@ def as_choice(value: Any, key: str) -> Any:
 
 Method = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "method"))]
 Objective = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "objective"))]
+Optimizer = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "optimizer"))]
 
 
 def as_data(value: Any) -> Any:
@@ -147,6 +148,8 @@ class Stage(Config):
     """What is trained; ``name`` and that method's own options."""
     objective: Objective = {"name": CHOSEN["objective"]}
     """What is minimised; ``name`` and that objective's own options."""
+    optimizer: Optimizer = {"name": CHOSEN["optimizer"]}
+    """How weights move along their gradients; ``name`` and that optimizer's own options."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 holds weights in bf16 with fp32 masters of what is trained; fp16 needs a GPU."""
     trust_remote_code: bool = False
@@ -156,7 +159,7 @@ class Stage(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     """The measurements."""
 
-    @field_validator("method", "objective")
+    @field_validator(*CHOSEN)
     @classmethod
     def _has_name(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("name"), str):

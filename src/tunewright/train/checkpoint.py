@@ -9,12 +9,13 @@ from torch import Tensor
 
 from tunewright.core import store
 from tunewright.core.errors import DamagedError
-from tunewright.train.optimizer import MasterAdamW
+from tunewright.train.optimizer import Masters
 from tunewright.train.state import TrainState
 
 _STEP = "step-{:08d}"
 _BEST = "best-{:08d}"
 _DAMAGED = "damaged-{}"
+_OWNERS = ("objective", "method")
 Tensors = dict[str, Tensor]
 
 
@@ -23,7 +24,8 @@ class Restored:
     """What was found: the state of the newest whole checkpoint, if any, and what the newer ones suffered."""
 
     state: TrainState | None
-    objective: Tensors = field(default_factory=dict)
+    declared: dict[str, Tensors] = field(default_factory=dict)
+    """What objective and method keep besides weights, by their rooms' names."""
     damaged: tuple[str, ...] = ()
 
 
@@ -33,19 +35,20 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, keep_best: bool = False) -> None:
         self.folder, self.keep, self.keep_best = folder, keep, keep_best
 
-    def save(self, optimizer: MasterAdamW, state: TrainState, objective: Tensors | None = None) -> Path:
+    def save(self, optimizer: Masters, state: TrainState, declared: dict[str, Tensors] | None = None) -> Path:
         """Write this step's checkpoint, then remove what it makes needless."""
         path = self.folder / _STEP.format(state.step)
         with store.artifact(path, step=state.step, best=state.best_step if self.keep_best else 0) as partial:
             _save(optimizer.weights(), partial / "trainable.safetensors")
             _save(optimizer.state(), partial / "optimizer.safetensors")
-            if objective:
-                _save(objective, partial / "objective.safetensors")
+            for owner, tensors in (declared or {}).items():
+                if tensors:
+                    _save(tensors, partial / f"{owner}.safetensors")
             store.write_json(partial / "state.json", state.to_json())
         self._prune()
         return path
 
-    def save_best(self, optimizer: MasterAdamW, state: TrainState) -> None:
+    def save_best(self, optimizer: Masters, state: TrainState) -> None:
         """Keep these weights as the best so far. The best before stays until a checkpoint knows of these."""
         with store.artifact(self.folder / _BEST.format(state.step), step=state.step) as partial:
             _save(optimizer.weights(), partial / "trainable.safetensors")
@@ -58,7 +61,7 @@ class Checkpoints:
             if best not in counted_on:
                 store.remove(best)
 
-    def restore(self, optimizer: MasterAdamW, before: int | None = None) -> Restored:
+    def restore(self, optimizer: Masters, before: int | None = None) -> Restored:
         """Load the newest checkpoint (of a step below ``before``) whose every byte is as written.
 
         Newer ones that are damaged are put aside under another name, so that they are not counted among those
@@ -85,21 +88,21 @@ class Checkpoints:
             store.verify(self.folder / _BEST.format(state.best_step))
         return state
 
-    def _load(
-        self, path: Path, state: TrainState, optimizer: MasterAdamW, damaged: tuple[str, ...]
-    ) -> Restored:
-        optimizer.set_weights(load_file(path / "trainable.safetensors"))
-        optimizer.set_state(load_file(path / "optimizer.safetensors"))
-        declared = path / "objective.safetensors"
-        objective = load_file(declared) if declared.exists() else {}
-        return Restored(state, objective, damaged)
+    def _load(self, path: Path, state: TrainState, optimizer: Masters, damaged: tuple[str, ...]) -> Restored:
+        weights, moments = (
+            load_file(path / name) for name in ("trainable.safetensors", "optimizer.safetensors")
+        )
+        optimizer.restore(weights, moments)
+        files = {owner: path / f"{owner}.safetensors" for owner in _OWNERS}
+        declared = {owner: load_file(file) for owner, file in files.items() if file.exists()}
+        return Restored(state, declared, damaged)
 
     def _put_aside(self, path: Path) -> None:
         aside = path.with_name(_DAMAGED.format(path.name))
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 
-    def restore_best(self, optimizer: MasterAdamW, step: int) -> None:
+    def restore_best(self, optimizer: Masters, step: int) -> None:
         """Load the best weights, those of ``step``; DamagedError if they are not as written."""
         store.verify(self.folder / _BEST.format(step))
         optimizer.set_weights(load_file(self.folder / _BEST.format(step) / "trainable.safetensors"))

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,21 @@ import torch
 
 from tunewright.core.errors import DivergedError, HardwareError, Problem
 from tunewright.core.events import EventLog
-from tunewright.core.rng import derive
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.tokens import Mixture, Sample
 from tunewright.fast import regional_compile
-from tunewright.objectives import Objective
+from tunewright.methods import Clock, Method, Setting
+from tunewright.objectives import Batch, Objective
+from tunewright.optimizers import Optimizer
 from tunewright.recipes import TrainConfig
 from tunewright.train import guard, ledger
 from tunewright.train.checkpoint import Checkpoints, Restored
 from tunewright.train.feed import Feed
 from tunewright.train.measure import HeldOut
-from tunewright.train.optimizer import MasterAdamW
+from tunewright.train.optimizer import Masters
+from tunewright.train.passes import Accumulator, Pass
 from tunewright.train.schedule import rate
 from tunewright.train.state import TrainState
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A global batch seen: its mean loss, the objective's figures, how much of it was supervised."""
-
-    loss: float
-    metrics: dict[str, float]
-    weight: float
 
 
 @dataclass
@@ -45,6 +37,7 @@ class Trainer:
     """
 
     model: Any
+    method: Method
     objective: Objective
     data: Mixture
     valid: Sequence[Sample]
@@ -52,17 +45,23 @@ class Trainer:
     precision: str
     log: EventLog
     folder: Path
-    default_lr: float
     preemption: guard.Preemption = field(default_factory=guard.Preemption)
+    algorithm: Optimizer | None = None
+    """How the masters are stepped; AdamW if not given."""
 
     def __post_init__(self) -> None:
-        self.optimizer = MasterAdamW(self.model, self.config, self.config.lr or self.default_lr)
         self.feed = Feed(self.data, self.objective, self.config, self.device)
+        self.steps = self.feed.steps
+        self.state = TrainState()
+        self.method.begin(self.model, Setting(self.objective.codec, self._look, self.clock))
+        lr = self.config.lr or self.method.default_lr
+        self.optimizer = Masters(self.model, self.config, lr, self.algorithm, self.method.lr_scale)
+        self.passes = Accumulator(
+            self.model, self.method, self.objective, self.feed, self.optimizer, self.precision == "fp16"
+        )
         keep_best = self.config.restore_best and self.config.eval_every > 0
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep, keep_best)
         self.ledger = ledger.Ledger(self.folder / "samples.jsonl")
-        self.steps = self.feed.steps
-        self.state = TrainState()
         self._saved = 0
         self.held_out = HeldOut(self.objective, self.valid, self.config.tokens_per_batch)
 
@@ -71,6 +70,18 @@ class Trainer:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def clock(self) -> Clock:
+        """The step that is being taken."""
+        return Clock(self.state.step, self.steps, self.config.seed)
+
+    def _look(self) -> Iterator[Batch]:
+        """The first epoch's batches, for a method that looks at data before it begins."""
+        micro_batches = (
+            m for indices in self.feed.from_step(0) for m in self.feed.micro_batches(indices, self._budget)
+        )
+        return map(self.feed.batch, micro_batches)
 
     def run(self, resumed: Callable[[], object] = lambda: None) -> TrainState:
         """Train to the end (or to an early stop), restore the best weights, return the final state.
@@ -90,6 +101,7 @@ class Trainer:
                 self._prepare()
                 self._train()
             self._restore_best()
+            self.method.finish(self.model)
         finally:
             torch.set_flush_denormal(False)
         return self.state
@@ -111,10 +123,17 @@ class Trainer:
         self._tell_damage(restored)
         if restored.state:
             self.state, self._saved = restored.state, restored.state.step
-            self.objective.set_state(restored.objective)
+            self._take_back(restored)
             self.held_out.budget = self.state.eval_tokens or self.held_out.budget
             self.log.emit("resume", step=self.state.step)
         self._check_ledger()
+
+    def _take_back(self, restored: Restored) -> None:
+        self.objective.set_state(restored.declared.get("objective", {}))
+        self.method.set_state(restored.declared.get("method", {}))
+
+    def _declared(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"objective": self.objective.state(), "method": self.method.state()}
 
     def _tell_damage(self, restored: Restored) -> None:
         for damage in restored.damaged:
@@ -155,7 +174,7 @@ class Trainer:
         if self._finished():
             return
         declared = {name: tensor.clone() for name, tensor in self.objective.state().items()}
-        self._fitted(lambda budget: self._accumulate([self.feed.widest(budget)]))
+        self._fitted(lambda budget: self.passes.over([self.feed.widest(budget)], self.clock))
         self.optimizer.drop()
         self.objective.set_state(declared)
         if self.config.eval_every and len(self.held_out):
@@ -176,7 +195,7 @@ class Trainer:
 
     def _step(self, indices: np.ndarray) -> None:
         """One optimizer step on one global batch, in as many forward passes as fit in memory."""
-        seen = self._fitted(lambda budget: self._accumulate(self.feed.micro_batches(indices, budget)))
+        seen = self._fitted(lambda budget: self._pass(indices, budget))
         if not math.isfinite(seen.loss):
             self._stop_at("loss", indices)
         factor = rate(self.config, self.state.step, self.steps)
@@ -193,12 +212,12 @@ class Trainer:
         self.ledger.learned(self.state.step, [] if overflowed else indices)
         self._emit_step(seen, None if overflowed else norm, factor)
 
-    def _count(self, indices: np.ndarray, seen: _Pass) -> None:
+    def _count(self, indices: np.ndarray, seen: Pass) -> None:
         self.state.step += 1
         self.state.tokens += self.feed.tokens(indices)
         self.state.learned_tokens += int(seen.weight)
 
-    def _fitted(self, work: Callable[[int], _Pass]) -> _Pass:
+    def _fitted(self, work: Callable[[int], Pass]) -> Pass:
         """The pass at the micro-batch size in use, or at the largest half of it that memory allows."""
 
         def tell(budget: int) -> None:
@@ -216,19 +235,8 @@ class Trainer:
             fix = "lower data.max_length, or set train.gradient_checkpointing: true"
             raise HardwareError(Problem("train", what, fix)) from error
 
-    def _accumulate(self, micro_batches: Sequence[np.ndarray]) -> _Pass:
-        """Gradients of the mean over the whole global batch: each part counts by its weight."""
-        batches = [self.feed.batch(indices) for indices in micro_batches]
-        weights = [self.objective.weight(b) for b in batches]
-        whole, loss = sum(weights), 0.0
-        metrics: dict[str, float] = {}
-        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            torch.manual_seed(derive(self.config.seed, f"micro-{i}", self.state.step))
-            with self._autocast():
-                part, metrics = self.objective.loss(self.model, batch)
-            (part * (weight / whole * self._scale)).backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach()) * weight / whole
-        return _Pass(loss, metrics, whole)
+    def _pass(self, indices: np.ndarray, budget: int) -> Pass:
+        return self.passes.over(self.feed.micro_batches(indices, budget), self.clock, self._scale)
 
     def _update(self, factor: float, overflowed: bool) -> None:
         """One step of the optimizer. Under fp16 an overflow skips it and lowers the loss scale."""
@@ -237,7 +245,8 @@ class Trainer:
         if overflowed:
             self.optimizer.drop()
         else:
-            self.optimizer.step(factor)
+            clock = self.clock
+            self.optimizer.step(factor, lambda: self.method.after_update(self.model, clock))
         if self.precision == "fp16":
             self.state.rescale(overflowed)
 
@@ -259,7 +268,7 @@ class Trainer:
         found = []
         for index in indices:
             self.optimizer.drop()
-            seen = self._accumulate([np.array([index])])
+            seen = self.passes.over([np.array([index])], self.clock, self._scale)
             if not math.isfinite(seen.loss) or self.optimizer.bad_gradients():
                 found.append(index)
         self.optimizer.drop()
@@ -289,7 +298,7 @@ class Trainer:
                 f"{self.state.rollbacks} rollbacks were made; lower train.lr, or train.save_every to have a "
                 "checkpoint to go back to; train.on_spike: learn takes them as they are"
             )
-        self.objective.set_state(restored.objective)
+        self._take_back(restored)
         self.state.recent, self.state.spikes = restored.state.recent, 0
         self.state.rollbacks += 1
         self.state.untaught += range(restored.state.step + 1, self.state.step + 1)
@@ -301,10 +310,7 @@ class Trainer:
     def _scale(self) -> float:
         return self.state.loss_scale if self.precision == "fp16" else 1.0
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.float16) if self.precision == "fp16" else nullcontext()
-
-    def _emit_step(self, seen: _Pass, norm: float | None, factor: float) -> None:
+    def _emit_step(self, seen: Pass, norm: float | None, factor: float) -> None:
         tokens = self.state.tokens - self._tokens_before
         self.log.emit(
             "step", step=self.state.step, steps=self.steps, loss=seen.loss, grad_norm=norm,
@@ -332,7 +338,7 @@ class Trainer:
                 f"step {self.state.step}: not finite: {_few(bad)}; no checkpoint of it is kept"
             )
         self.ledger.settle()
-        path = self.checkpoints.save(self.optimizer, self.state, self.objective.state())
+        path = self.checkpoints.save(self.optimizer, self.state, self._declared())
         self._saved = self.state.step
         self.log.emit("checkpoint", step=self.state.step, path=path.name)
 

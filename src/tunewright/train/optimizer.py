@@ -1,52 +1,81 @@
-"""AdamW with fp32 masters (Loshchilov & Hutter 2017; Micikevicius et al. 2018).
+"""fp32 masters of what is trained (Micikevicius et al. 2018), stepped by any of the optimizers.
 
-A weight held in bf16 is too coarse to add small updates to. The optimizer keeps an fp32 copy, steps that,
-and rounds it back. A weight already in fp32 is its own master.
+A weight held in bf16 is too coarse to add small updates to. The masters are fp32 copies; they are stepped and
+rounded back. A weight already in fp32 is its own master.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunewright.core.errors import DriftError, Problem
+from tunewright.optimizers import Optimizer
+from tunewright.optimizers.adamw import AdamW
+from tunewright.optimizers.adamw import Config as AdamWConfig
 from tunewright.recipes import TrainConfig
 from tunewright.train import guard
 
 
-class MasterAdamW:
-    """Optimizer over a model's trainable parameters, by name."""
+class Masters:
+    """A model's trainable parameters by name, their masters and the optimizer's state.
 
-    def __init__(self, model: Any, config: TrainConfig, lr: float) -> None:
+    ``parameters`` are all that require gradients at the start; ``masters`` are of those that do now.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TrainConfig,
+        lr: float,
+        optimizer: Optimizer | None = None,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
+    ) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.masters = {n: p.detach().float().requires_grad_() for n, p in self.parameters.items()}
-        self.lr, self.clip = lr, config.clip
-        matrices = [m for m in self.masters.values() if m.ndim > 1]
-        others = [m for m in self.masters.values() if m.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=config.betas, fused=True
-        )
-        self._allocate()
+        self.lr, self.config, self.lr_scale = lr, config, lr_scale
+        self.optimizer = optimizer or AdamW(AdamWConfig())
+        self.masters: dict[str, Tensor] = {}
+        self._states: dict[str, dict[str, Tensor]] = {}
+        self.follow()
 
-    def _allocate(self) -> None:
-        """Moments exist from the start: memory that runs out does so before the first step, not inside it."""
-        for master in self.masters.values():
-            first, second = torch.zeros_like(master.detach()), torch.zeros_like(master.detach())
-            step = torch.zeros((), dtype=torch.float32, device=master.device)
-            self._adamw.state[master] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+    def follow(self) -> None:
+        """Masters and state for what requires gradients now, and for nothing else.
+
+        State exists from the start: memory that runs out does so before the first step, not inside it.
+        """
+        wanted = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        if wanted == list(self.masters):
+            return
+        kept = self.masters
+        self.masters = {n: kept[n] if n in kept else _master(self.parameters[n]) for n in wanted}
+        self._states = {
+            n: self._states.get(n) or self.optimizer.start(m.detach()) for n, m in self.masters.items()
+        }
+        self._torch = self.optimizer.make(self._groups(), self.lr, self.config.betas)
+        for name, master in self.masters.items():
+            self._torch.state[master] = self._states[name]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Matrices decay, vectors do not; each rate is its own group."""
+        groups: dict[tuple[bool, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            groups.setdefault((master.ndim > 1, self.lr_scale(name)), []).append(master)
+        return [
+            {"params": some, "weight_decay": self.config.weight_decay if decays else 0.0, "scale": scale}
+            for (decays, scale), some in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1]))
+        ]
 
     def gather(self, scale: float = 1.0) -> float:
         """Move the gradients, divided by ``scale``, to the masters; clip; return the norm before clipping.
 
         The norm is NaN or infinite if a gradient is: :meth:`bad_gradients` says which.
         """
-        for name, parameter in self.parameters.items():
-            self.masters[name].grad = None if parameter.grad is None else parameter.grad.float() / scale
-        return float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.clip))
+        for name, master in self.masters.items():
+            gradient = self.parameters[name].grad
+            master.grad = None if gradient is None else gradient.float() / scale
+        return float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip))
 
     def bad_gradients(self) -> list[str]:
         """Names of the parameters whose gradient holds a NaN or an infinity."""
@@ -54,60 +83,105 @@ class MasterAdamW:
         return guard.not_finite((n, p.grad) for n, p in self.parameters.items() if p.grad is not None)
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One update at ``factor`` times the peak rate; gradients are dropped."""
-        for group in self._adamw.param_groups:
-            group["lr"] = self.lr * factor
-        self._adamw.step()
+    def step(self, factor: float, and_then: Callable[[], None] | None = None) -> None:
+        """One update at ``factor`` times the peak rate; gradients are dropped.
+
+        ``and_then`` may change the masters: while it runs, the model's parameters are their masters.
+        """
+        for group in self._torch.param_groups:
+            group["lr"] = self.lr * factor * group["scale"]
+        self._torch.step()
+        if and_then:
+            with self._in_place():
+                and_then()
         self._round_back()
         self.drop()
 
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The masters' values and gradients in place of the parameters' own."""
+        rounded = {name: (self.parameters[name].data, self.parameters[name].grad) for name in self.masters}
+        for name in self.masters:
+            self.parameters[name].grad = None
+        for name, master in self.masters.items():
+            self.parameters[name].data = master.data
+            self.parameters[name].grad = master.grad
+        try:
+            yield
+        finally:
+            for name, (data, gradient) in rounded.items():
+                self.parameters[name].grad = None
+                self.parameters[name].data = data
+                self.parameters[name].grad = gradient
+
     def not_finite(self) -> list[str]:
-        """Names of the masters and moments that hold a NaN or an infinity."""
+        """Names of the masters and state that hold a NaN or an infinity."""
         weights = [(f"weight {name}", master.detach()) for name, master in self.masters.items()]
         moments = [("{1} of {0}".format(*key.rsplit("|", 1)), value) for key, value in self.state().items()]
         return guard.not_finite([*weights, *moments])
 
     def release(self) -> None:
-        """Give the memory of masters and moments back; nothing can be stepped after that."""
-        self._adamw.state.clear()
-        self._adamw.param_groups.clear()
+        """Give the memory of masters and state back; nothing can be stepped after that."""
+        self._torch.state.clear()
+        self._torch.param_groups.clear()
+        self._states.clear()
         self.masters.clear()
 
     def drop(self) -> None:
         """Forget the gradients."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.masters[name].grad = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for master in self.masters.values():
+            master.grad = None
 
     @torch.no_grad()
     def _round_back(self) -> None:
-        for name, parameter in self.parameters.items():
-            if parameter.data_ptr() != self.masters[name].data_ptr():
-                parameter.copy_(self.masters[name])
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            if parameter.data_ptr() != master.data_ptr():
+                parameter.copy_(master)
 
     def weights(self) -> dict[str, Tensor]:
-        """The masters by name (fp32)."""
-        return {n: m.detach() for n, m in self.masters.items()}
+        """What is trained, by name: the masters (fp32), and the parameters that have none now."""
+        return {n: self.masters.get(n, p).detach() for n, p in self.parameters.items()}
 
     @torch.no_grad()
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put saved masters back, and the rounded weights with them. DriftError if they are of another model."""
-        wrong = [n for n, m in self.masters.items() if n not in weights or weights[n].shape != m.shape]
-        wrong += [n for n in weights if n not in self.masters]
+        """Put saved weights back, and the rounded ones with them. DriftError if they are of another model."""
+        self._check(weights)
+        for name, parameter in self.parameters.items():
+            self.masters.get(name, parameter).copy_(weights[name])
+        self._round_back()
+
+    def _check(self, weights: dict[str, Tensor]) -> None:
+        own = self.parameters
+        wrong = [n for n, p in own.items() if n not in weights or weights[n].shape != p.shape]
+        wrong += [n for n in weights if n not in own]
         if wrong:
             what = f"the checkpoint holds other weights than are trained now, such as {wrong[0]}"
             raise DriftError(Problem("checkpoints", what, "start over with --fresh, or give another output"))
-        for name, master in self.masters.items():
-            master.copy_(weights[name])
-        self._round_back()
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Put saved weights and state back; DriftError if they are of another model."""
+        self._check(weights)
+        self.set_state(state)  # first: masters made now would be those of rounded weights
+        self.set_weights(weights)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and counts, as ``name|key`` tensors."""
-        states = {n: self._adamw.state.get(m, {}) for n, m in self.masters.items()}
-        return {f"{n}|{key}": value for n, state in states.items() for key, value in state.items()}
+        """The optimizer's state, as ``name|key`` tensors."""
+        return {f"{n}|{key}": value for n, state in self._states.items() for key, value in state.items()}
 
     def set_state(self, saved: dict[str, Tensor]) -> None:
-        """Put saved moments and counts back."""
+        """Put saved state back: what has some requires gradients now, and nothing else."""
+        active = {joined.rpartition("|")[0] for joined in saved}
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in active)
+        self.follow()
         for joined, value in saved.items():
             name, _, key = joined.rpartition("|")
-            self._adamw.state[self.masters[name]][key] = value.to(self.masters[name].device)
+            device = self.masters[name].device
+            self._states[name][key] = value.to(device)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return parameter.detach().float().requires_grad_()

@@ -1,0 +1,114 @@
+"""The base of every method that PEFT has: its layers, its file format, so that any tool that reads PEFT reads ours."""
+
+import warnings
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tunewright.core.errors import ModelError, Problem
+from tunewright.methods import Method, _adapter
+from tunewright.models import anatomy
+
+
+class PeftMethod(Method):
+    """A subclass gives PEFT's config for a model; the rest is the same for all of them."""
+
+    folder = "adapter"
+    saves: ClassVar[str]
+    """The ``peft_type`` in its files."""
+    takes_conv1d: ClassVar[bool] = True
+    """Whether PEFT has this method for GPT-2's Conv1D layers."""
+
+    @abstractmethod
+    def peft_config(self, model: Any) -> Any:
+        """PEFT's own config object."""
+
+    def problems(self, model: Any) -> list[Problem]:
+        """Layers that PEFT has no such adapter for, or none at all."""
+        adapted = self.adapted(model)
+        if not adapted:
+            fix = "name modules that the model has: tunewright list methods"
+            return [Problem("method.target_modules", "no layer of the model has such a name", fix)]
+        if not self.takes_conv1d and any(linear.is_conv1d for linear in adapted):
+            what = f"{type(self).__name__} is not defined for the Conv1D layers of {model.config.model_type}"
+            return [Problem("method", what, "use method: lora")]
+        return []
+
+    def adapted(self, model: Any) -> list[anatomy.Linear]:
+        """The linear layers that will have an adapter."""
+        return anatomy.targets(model, self.config.target_modules)
+
+    def inject(self, model: Any) -> Any:
+        """A PEFT model. Adapters have the base's dtype: the optimizer holds fp32 masters of them."""
+        from peft import get_peft_model
+
+        return get_peft_model(model, self.peft_config(model), autocast_adapter_dtype=False)
+
+    def export(self, model: Any, folder: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors."""
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written beside it
+
+    @classmethod
+    def load(cls, base: Any, folder: Path) -> Any:
+        """The base with the adapter on it; ModelError if the two do not fit."""
+        return load(base, folder, cls.reads or (cls.saves,))
+
+    @classmethod
+    def merge(cls, model: Any) -> Any:
+        """What the adapter computes, written into the base's weights."""
+        return super().merge(model) if cls.facts.keeps_apart else model.merge_and_unload()
+
+
+def as_targets(wanted: str | tuple[str, ...]) -> str | list[str]:
+    """``target_modules`` as PEFT takes it."""
+    return wanted if isinstance(wanted, str) else list(wanted)
+
+
+def load(base: Any, folder: Path, types: tuple[str, ...]) -> Any:
+    """An adapter in PEFT's format, of one of these types, on its base; ModelError if the two do not fit."""
+    from peft import PeftConfig, PeftModel
+
+    _adapter.check(folder, types)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        _spell_out(config, folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            model = PeftModel.from_pretrained(base, str(folder), config=config, autocast_adapter_dtype=False)
+    except Exception as error:  # whatever PEFT makes of a config that is not as it expects it
+        what = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        raise ModelError(Problem(str(folder), what)) from error
+    _check_fit(model, folder)
+    return model
+
+
+def _spell_out(config: Any, folder: Path) -> None:
+    """Names instead of patterns: one from a stranger can be made to search for ever."""
+    if any(isinstance(getattr(config, key, None), str) for key in _adapter.PATTERNS):
+        config.target_modules, config.exclude_modules = set(_adapter.modules(folder, _prefix(config))), None
+
+
+def _prefix(config: Any) -> str:
+    """What the names of the adapter's own modules and parameters begin with, such as ``lora_``."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return str(PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]).removesuffix("lambda_")
+
+
+def _check_fit(model: Any, folder: Path) -> None:
+    """PEFT leaves out what does not fit and begins anew with what is missing; ModelError for both."""
+    from peft import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    there = _adapter.header(folder)
+    missing = sorted(set(expected) - set(there))
+    own = "." + _prefix(model.active_peft_config)
+    strange = sorted(name for name in set(there) - set(expected) if own in name)
+    misshapen = sorted(n for n in set(there) & set(expected) if list(expected[n].shape) != there[n]["shape"])
+    found = [f"lacks {len(missing)} of {len(expected)} weights: {missing[0]}"] if missing else []
+    found += [f"{len(strange)} weights are for modules that the base lacks: {strange[0]}"] if strange else []
+    found += [f"{len(misshapen)} weights have another shape: {misshapen[0]}"] if misshapen else []
+    if found:
+        where = str(folder / _adapter.WEIGHTS)
+        raise ModelError(Problem(where, what, "download it again, and name its own base") for what in found)
