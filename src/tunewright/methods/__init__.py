@@ -16,6 +16,7 @@ from tunewright.core.words import Words
 from tunewright.data.template import ChatCodec
 from tunewright.methods import _adapter
 from tunewright.models.load import DTYPES, ModelSource, find, load_model
+from tunewright.recipes import DataConfig
 
 _TRUST = "TUNEWRIGHT_TRUST_REMOTE_CODE"
 
@@ -34,7 +35,7 @@ class Facts:
     when: Words
     paper: str
     keeps_apart: Words | None = None
-    """Why it cannot be merged into the base; None if it can."""
+    """Why it cannot be merged into the base; None if it can, or if that depends: see Method.keeps_apart."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ class Method(ABC):
         """Why this method cannot be used on this model, which may lie on the ``meta`` device."""
         return []
 
+    def data_problems(self, data: DataConfig) -> list[Problem]:
+        """What the recipe's data lacks for this method."""
+        return []
+
     @abstractmethod
     def inject(self, model: Any) -> Any:
         """Freeze and add; called by :meth:`apply`."""
@@ -97,6 +102,14 @@ class Method(ABC):
     @abstractmethod
     def count(self, model: Any) -> int:
         """How many parameters will be trained, from the base's shapes alone (it may lie on ``meta``)."""
+
+    def saved(self, model: Any) -> int:
+        """How many numbers :meth:`export` writes for a trained model: those that were trained, unless it says so."""
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def virtual_tokens(self) -> int:
+        """Positions of the model's context that the method takes for itself."""
+        return 0
 
     @abstractmethod
     def export(self, model: Any, folder: Path) -> None:
@@ -108,9 +121,14 @@ class Method(ABC):
         """The trained model again, from its base and an exported folder."""
 
     @classmethod
+    def keeps_apart(cls, model: Any) -> Words | None:
+        """Why this base, or this model trained on it, cannot be merged; None if it can."""
+        return cls.facts.keeps_apart
+
+    @classmethod
     def merge(cls, model: Any) -> Any:
         """A plain transformers model with the same outputs; ModelError with the reason if there is none."""
-        reason = cls.facts.keeps_apart
+        reason = cls.keeps_apart(model)
         assert reason, f"{cls.__name__} can be merged by its facts, but has no merge"  # noqa: S101 our own bug
         raise ModelError(Problem("method", reason.en, "export it without --merge"))
 

@@ -17,7 +17,7 @@ _FACTOR = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
 _PLAIN = re.compile(r"\^?(?:\w|-|\\?\.)+\$?")
 _SIZES = (
     "r", "init_r", "target_r", "num_virtual_tokens", "oft_block_size", "boft_block_size", "boft_block_num",
-    "decompose_factor", "block_size", "n_frequency", "num_vectors", "vector_length", "adapter_len", "token_dim",
+    "block_size", "n_frequency", "num_vectors", "vector_length", "adapter_len", "token_dim",
 )  # fmt: skip
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _UNSUPPORTED = ("megatron_config", "layer_replication")
@@ -101,7 +101,8 @@ def _kind(config: dict[str, Any], types: tuple[str, ...]) -> Iterator[tuple[str,
 
 def _numbers(config: dict[str, Any], longest: int) -> Iterator[tuple[str, str]]:
     """No number that memory is taken by may be larger than any side of the weights."""
-    for key in _SIZES:
+    # LoKr's rank is no side of anything where a factor is small enough to be whole.
+    for key in set(_SIZES) - ({"r"} if config.get("peft_type") == "LOKR" else set()):
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 <= value <= longest):
             yield (

@@ -2,12 +2,22 @@
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tunewright.core.config import Config
 from tunewright.core.errors import ModelError, Problem
 from tunewright.methods import Method, _adapter
 from tunewright.models import anatomy
+
+
+class TargetConfig(Config):
+    """For methods that adapt linear layers."""
+
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """all-linear is every linear layer but the output head; or module names, or a regular expression."""
 
 
 class PeftMethod(Method):
@@ -18,6 +28,8 @@ class PeftMethod(Method):
     """The ``peft_type`` in its files."""
     takes_conv1d: ClassVar[bool] = True
     """Whether PEFT has this method for GPT-2's Conv1D layers."""
+    in_blocks: ClassVar[bool] = False
+    """Whether inputs are cut into blocks of ``config.block_size``."""
 
     @abstractmethod
     def peft_config(self, model: Any) -> Any:
@@ -32,21 +44,42 @@ class PeftMethod(Method):
         if not self.takes_conv1d and any(linear.is_conv1d for linear in adapted):
             what = f"{type(self).__name__} is not defined for the Conv1D layers of {model.config.model_type}"
             return [Problem("method", what, "use method: lora")]
+        odd = [n for n in adapted if self.in_blocks and n.inputs % self.config.block_size]
+        if odd:
+            what = f"{self.config.block_size} does not divide the {odd[0].inputs} inputs of {odd[0].name}"
+            fix = "choose a divisor of all inputs, or target_modules"
+            return [Problem("method.block_size", what, fix)]
         return []
 
     def adapted(self, model: Any) -> list[anatomy.Linear]:
         """The linear layers that will have an adapter."""
         return anatomy.targets(model, self.config.target_modules)
 
+    def targets(self, model: Any) -> dict[str, Any]:
+        """The adapted layers, as the config of most of PEFT's methods takes them.
+
+        Always names: ``all-linear`` and patterns make PEFT reach into the fused experts of some mixtures, too.
+        """
+        full = [layer.name for layer in self.adapted(model)]
+        last = sorted({name.rpartition(".")[2] for name in full})
+        short = {layer.name for layer in anatomy.targets(model, tuple(last))} == set(full)
+        return {"target_modules": last if short else full, "task_type": "CAUSAL_LM"}
+
+    def stored_transposed(self, model: Any) -> bool:
+        """PEFT's ``fan_in_fan_out``: whether weights lie [in, out], as those of Conv1D do."""
+        return any(layer.is_conv1d for layer in self.adapted(model))
+
     def inject(self, model: Any) -> Any:
         """A PEFT model. Adapters have the base's dtype: the optimizer holds fp32 masters of them."""
         from peft import get_peft_model
 
-        return get_peft_model(model, self.peft_config(model), autocast_adapter_dtype=False)
+        with quiet():
+            return get_peft_model(model, self.peft_config(model), autocast_adapter_dtype=False)
 
     def export(self, model: Any, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors."""
-        model.save_pretrained(folder, save_embedding_layers=False)
+        with quiet():
+            model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; ours is written beside it
 
     @classmethod
@@ -60,9 +93,25 @@ class PeftMethod(Method):
         return super().merge(model) if cls.facts.keeps_apart else model.merge_and_unload()
 
 
-def as_targets(wanted: str | tuple[str, ...]) -> str | list[str]:
-    """``target_modules`` as PEFT takes it."""
-    return wanted if isinstance(wanted, str) else list(wanted)
+_EXPECTED = (
+    "Found missing adapter keys",  # an error in _check_fit
+    "Specified to not (save|load)",  # random projections are drawn again from their key
+    "Failed to load the CUDA extension", "Setting boft_n_butterfly_factor",  # boft has a plain path
+    "Unsupported layer type",  # any normalisation will do
+    "Using Rank-Stabilized LoRA with rank_pattern",  # _residual converts those, too
+    "lora with eva initialization used with low_cpu_mem_usage",
+    r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # a rank of zero is meant
+)  # fmt: skip
+"""How PEFT's warnings begin that tell nothing to a user of ours."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without PEFT's warnings of what is meant, or is an error of ours."""
+    with warnings.catch_warnings():
+        for beginning in _EXPECTED:
+            warnings.filterwarnings("ignore", beginning)
+        yield
 
 
 def load(base: Any, folder: Path, types: tuple[str, ...]) -> Any:
@@ -71,10 +120,9 @@ def load(base: Any, folder: Path, types: tuple[str, ...]) -> Any:
 
     _adapter.check(folder, types)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        _spell_out(config, folder)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        with quiet():
+            config = PeftConfig.from_pretrained(str(folder))
+            _spell_out(config, folder)
             model = PeftModel.from_pretrained(base, str(folder), config=config, autocast_adapter_dtype=False)
     except Exception as error:  # whatever PEFT makes of a config that is not as it expects it
         what = f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"[:400]

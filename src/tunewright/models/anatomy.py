@@ -45,25 +45,26 @@ def feed_forward(block: nn.Module) -> nn.Module | None:
 
 
 def _child(block: nn.Module, pattern: re.Pattern[str]) -> nn.Module | None:
-    """The first child that is named so and is no normalisation."""
-    named = (m for name, m in block.named_children() if pattern.search(name) and "norm" not in name)
+    """The first child that is named so, has weights (GPT-NeoX names dropouts so) and is no normalisation."""
+    weighty = ((name, m) for name, m in block.named_children() if next(m.parameters(), None) is not None)
+    named = (m for name, m in weighty if pattern.search(name) and "norm" not in name)
     return next(named, None)
 
 
 def linears(model: nn.Module) -> list[Linear]:
     """All linear layers but the output head."""
     head = output_head(model)
-    return [_linear(name, m) for name, m in model.named_modules() if _is_linear(m) and m is not head]
+    return [linear(name, m) for name, m in model.named_modules() if _is_linear(m) and m is not head]
 
 
 def targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[Linear]:
     """The linear layers that PEFT's ``target_modules`` names: ``all-linear``, names, or a pattern for whole names."""
     if wanted == "all-linear":
         return linears(model)
-    named = [_linear(name, m) for name, m in model.named_modules() if _is_linear(m)]
+    named = [linear(name, m) for name, m in model.named_modules() if _is_linear(m)]
     if isinstance(wanted, str):
-        return [linear for linear in named if re.fullmatch(wanted, linear.name)]
-    return [linear for linear in named if any(f".{linear.name}".endswith(f".{name}") for name in wanted)]
+        return [layer for layer in named if re.fullmatch(wanted, layer.name)]
+    return [layer for layer in named if any(f".{layer.name}".endswith(f".{name}") for name in wanted)]
 
 
 def _is_linear(module: Any) -> bool:
@@ -71,14 +72,15 @@ def _is_linear(module: Any) -> bool:
 
 
 def _is_conv1d(module: Any) -> bool:
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor)
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nx")
 
 
-def _linear(name: str, module: Any) -> Linear:
-    outputs, inputs = module.weight.shape
+def linear(name: str, module: Any) -> Linear:
+    """What a linear layer is; its weight, which may have to be made first, is not looked at."""
+    has_bias = module.bias is not None
     if _is_conv1d(module):
-        inputs, outputs = outputs, inputs
-    return Linear(name, inputs, outputs, module.bias is not None, _is_conv1d(module))
+        return Linear(name, module.nx, module.nf, has_bias, is_conv1d=True)
+    return Linear(name, module.in_features, module.out_features, has_bias, is_conv1d=False)
 
 
 def output_head(model: Any) -> nn.Module | None:
