@@ -24,7 +24,7 @@ demo: .venv/.installed
 
 # Most of what the fault tests run is in child processes, where coverage does not see it; measuring it costs time.
 test: .venv/.installed-test
-	$(BIN)/python -m pytest tests/unit tests/e2e --cov --cov-report=term
+	$(BIN)/python -m pytest tests/unit tests/contract tests/e2e --cov --cov-report=term
 	$(BIN)/python -m pytest tests/faults
 
 check: .venv/.installed-test

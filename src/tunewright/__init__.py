@@ -1,7 +1,7 @@
 """Tunewright adapts open language models: one recipe, from data to a measured, reported, usable model.
 
 import tunewright as tw
-run = tw.run("recipes/sft-lora.yaml", data="my.jsonl")
+run = tw.run("recipes/lora.yaml", data="my.jsonl")
 run.generate("What is the capital of France?")
 run.report
 """

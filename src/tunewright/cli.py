@@ -189,7 +189,7 @@ def doctor(
 @app.command("list")
 def list_(what: Listed, as_json: Json = False) -> None:
     """List methods, objectives, optimizers, models, templates or data; or print the recipe's JSON schema."""
-    from tunewright import examine
+    from tunewright import catalogue, examine
 
     if what is Listed.schema:
         from tunewright.recipes import schema_json
@@ -199,6 +199,8 @@ def list_(what: Listed, as_json: Json = False) -> None:
     listed = examine.listed(what.value)
     if as_json:
         _say(listed)
+    elif what is Listed.methods:
+        typer.echo(catalogue.method_table(listed))
     else:
         width = max(len(entry["name"]) for entry in listed)
         typer.echo("\n".join(f"{entry['name']:<{width}}  {entry['summary']}".rstrip() for entry in listed))

@@ -36,5 +36,5 @@ def summary(result: dict[str, Any], run: Run) -> list[str]:
         "Next:",
         f"    tunewright chat {run.folder}",
         f"    tunewright export {run.folder} --merge",
-        "    tunewright run recipes/sft-lora.yaml data=YOUR.jsonl output=runs/mine",
+        "    tunewright run recipes/lora.yaml data=YOUR.jsonl output=runs/mine",
     ]

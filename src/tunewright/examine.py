@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunewright import methods, objectives
+from tunewright import catalogue, methods, objectives
 from tunewright.compress import merge as merging
 from tunewright.core import plugins
 from tunewright.core.errors import DataError, ModelError, Problem
@@ -124,6 +124,8 @@ def difference_line(result: Tree) -> str:
 
 def listed(what: str) -> list[Tree]:
     """Names with a line on each."""
+    if what == "methods":
+        return catalogue.method_rows()
     if what in plugins.ROOMS:
         rows = [(name, plugins.summary(plugins.load(what, name))) for name in plugins.names(what)]
     elif what == "models":

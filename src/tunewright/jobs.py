@@ -115,6 +115,7 @@ def _model_problems(tree: dict[str, Any]) -> tuple[Problem, ...]:
 
 def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[Problem]) -> Job | None:
     method = methods.create(stage.method, plugin_config("methods", stage.method))
+    found += method.data_problems(stage.data)
     try:
         source, codec = _model(stage, earlier, method)
     except UserError as error:
@@ -143,16 +144,27 @@ def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tup
         if before is None:  # its own problems are already told
             raise HardwareError(problems)
         source = before.source
+        problems += _kept_apart(before)
     else:
         source = _found(stage, problems)
     problems += _memory(stage, source, method)
     problems += method.problems(outline(source))
     if problems:
         raise HardwareError(problems)
-    codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source))
+    codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source, method))
     if objectives.kind(stage.objective["name"]).wants_conversations:
         codec.require_template()
     return source, codec
+
+
+def _kept_apart(before: Job) -> list[Problem]:
+    """Why nothing can start from an earlier stage's result: its adapter does not merge."""
+    reason = before.method.keeps_apart(outline(before.source))
+    if reason is None:
+        return []
+    name = before.stage.method["name"]
+    what = f"stage {before.stage.name!r} is trained by {name}, which cannot be merged: {reason.en}"
+    return [Problem("model", what, "choose a method for it that merges: tunewright list methods")]
 
 
 def _found(stage: Stage, problems: list[Problem]) -> ModelSource:
@@ -162,10 +174,10 @@ def _found(stage: Stage, problems: list[Problem]) -> ModelSource:
         raise ModelError([*problems, *error.problems]) from None
 
 
-def _longest(stage: Stage, source: ModelSource) -> int:
-    """The recipe's max_length, or the model's context if that is shorter."""
+def _longest(stage: Stage, source: ModelSource, method: methods.Method) -> int:
+    """The recipe's max_length, or what the method leaves of the model's context if that is shorter."""
     context = inspect.context_length(source)
-    return min(stage.data.max_length, context) if context else stage.data.max_length
+    return min(stage.data.max_length, context - method.virtual_tokens()) if context else stage.data.max_length
 
 
 def _memory(stage: Stage, source: ModelSource, method: methods.Method) -> list[Problem]:
@@ -173,8 +185,11 @@ def _memory(stage: Stage, source: ModelSource, method: methods.Method) -> list[P
     count = inspect.parameter_count(source)
     if count is None or best_device() != "cpu":
         return []
-    trained = 16 if method.folder == "model" else 0  # fp32 master, two moments, gradient
-    need, free = count * ((2 if stage.precision == "bf16" else 4) + trained), inspect.available_memory()
+    trained = 0.0
+    if method.folder == "model":
+        trained = 16 * method.at_once(outline(source)) / count  # fp32 master, two moments, gradient
+    held = method.base_bytes if stage.precision == "bf16" or method.base_bytes < 2 else 4
+    need, free = int(count * (held + trained)), inspect.available_memory()
     if need <= free:
         return []
     what = f"{source.name} needs at least {human_bytes(need)} of memory, {human_bytes(free)} is free"

@@ -14,7 +14,7 @@ from tunewright.data.prepare import statistics
 from tunewright.evaluate import card, report
 from tunewright.evaluate.harness import Examination
 from tunewright.jobs import Job
-from tunewright.models.load import ModelSource, find, load_model
+from tunewright.models.load import ModelSource, find
 from tunewright.recipes import Recipe, to_yaml
 from tunewright.runs import Run
 from tunewright.train import guard, ledger, readers
@@ -187,7 +187,7 @@ class _StageRun:
 
         stage = self.job.stage
         torch.manual_seed(derive(stage.train.seed, "init"))
-        model = load_model(self.job.source, stage.precision, random_weights=not self.job.method.needs_weights)
+        model = self.job.method.load_base(self.job.source, stage.precision)
         before = self._measure(model, "before")
         torch.manual_seed(derive(stage.train.seed, "method"))
         model = self.job.method.apply(model)
@@ -227,8 +227,9 @@ class _StageRun:
         self.log.emit("answering", when=when, done=done, of=of)
 
     def _metrics(self, model: Any, trainer: Trainer, state: TrainState, before: Tree, after: Tree) -> Tree:
-        stage, named = self.job.stage, list(model.named_parameters())
-        total = sum(p.numel() for _, p in named)
+        from tunewright.models.quantized_layers import parameter_count
+
+        stage, total = self.job.stage, parameter_count(model)
         trained = sum(p.numel() for p in trainer.optimizer.parameters.values())
         samples = self.exam.side_by_side(before, after)
         for scores in (before, after):
@@ -238,6 +239,7 @@ class _StageRun:
             "optimizer": stage.optimizer, "precision": stage.precision,
             "train_config": stage.train.model_dump(mode="json"),
             "parameters": {"total": total, "trainable": trained, "share": trained / total},
+            "method_report": self.job.method.report(model),
             "data": {"train": statistics(self.job.data), "valid": statistics(self.job.valid),
                      "padding_share": trainer.padding_share()},
             "before": before, "after": after, "samples": samples,
@@ -271,7 +273,7 @@ class _StageRun:
         with store.artifact(target, **facts) as whole:
             method.export(model, whole)
             self.job.codec.tokenizer.save_pretrained(whole)
-            weights = [p.stat().st_size for p in whole.glob("*.safetensors")]
+            weights = [p.stat().st_size for p in whole.rglob("*.safetensors")]
             metrics["artifact_bytes"] = sum(weights)
             store.write_text(whole / "README.md", card.text(metrics))
         self.log.emit("saved", path=str(target), bytes=metrics["artifact_bytes"])

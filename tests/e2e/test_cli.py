@@ -205,7 +205,7 @@ def test_texts_are_evaluated_without_answers(tunewright, tiny_model_folder, tmp_
     assert "exact_match" not in json.loads(out)
 
 
-@pytest.mark.parametrize("what", ["methods", "objectives", "models", "templates", "data"])
+@pytest.mark.parametrize("what", ["objectives", "optimizers", "models", "templates", "data"])
 def test_list(tunewright, what):
     code, out, _ = tunewright("list", what)
     assert code == 0

@@ -94,7 +94,7 @@ def test_pictures_and_links_exist():
 def test_the_demo_is_the_shipped_recipe():
     from tunewright import recipes
 
-    shipped = recipes.load(ROOT / "recipes/sft-lora.yaml", {"output": "x"})
+    shipped = recipes.load(ROOT / "recipes/lora.yaml", {"output": "x"})
     assert recipes.load({**demo.RECIPE, "output": "x"}) == shipped
 
 
@@ -125,7 +125,7 @@ def test_every_shipped_recipe_is_valid_and_begins(path, tmp_path, tiny_model_fol
 
     run = tw.run(
         path, model=str(tiny_model_folder), output=str(tmp_path / "run"), quiet=True,
-        data={"train": "builtin:demo-valid", "valid": "builtin:pico-corpus-valid" if "pre" in path.stem else []},
+        data={"train": "builtin:demo-valid", "valid": "builtin:pico-corpus-valid" if path.stem.startswith("pretrain") else []},
         train={"max_steps": 2, "tokens_per_batch": 512, "compile": False, "eval_every": 0, "save_every": 0},
         evaluate={"limit": 4, "max_new_tokens": 2},
     )  # fmt: skip

@@ -127,3 +127,13 @@ def test_an_adapter_finds_its_base_from_any_working_directory(tiny_model_folder,
     run = tw.run(recipe, quiet=True)
     monkeypatch.chdir(tmp_path)
     assert isinstance(run.generate("Say 3.", 2), str)
+
+
+def test_a_stage_cannot_start_from_what_does_not_merge(tmp_path, tiny_model_folder):
+    tree = {
+        "output": str(tmp_path / "run"), "model": str(tiny_model_folder), "data": "builtin:demo-valid",
+        "stages": [{"name": "first", "method": "houlsby"}, {"name": "second", "model": "stage:first"}],
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"stage 'first' is trained by houlsby, which cannot be merged: "):
+        tw.run(tree, quiet=True)
+    assert not (tmp_path / "run").exists()

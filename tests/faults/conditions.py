@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from bounded import LONG
 from lab import Lab
 from lab_more import Stop, told
 
-from tunewright import jobs, pipeline
+from tunewright import jobs, methods, pipeline
 from tunewright.core import plugins
 from tunewright.data.batching import BatchPlan
+from tunewright.methods import Method
 from tunewright.objectives import Objective
 from tunewright.objectives._causal import Causal
 from tunewright.recipes import TrainConfig
@@ -21,6 +23,7 @@ from tunewright.train import guard, ledger
 
 Overrides = tuple[str, ...]
 _BOTH = (signal.SIGKILL, signal.SIGTERM)
+_HOOKS = ("begin", "before_step", "penalty", "after_update", "state")
 _SCHEDULES = get_args(TrainConfig.model_fields["schedule"].annotation)
 _NOISE = (guard.WINDOW + 4, guard.WINDOW + 14)
 """Steps between which a batch of noise comes up, when the others are learned."""
@@ -121,6 +124,17 @@ def _late_seed(recipe: Path, overrides: Overrides) -> int:
     raise AssertionError("no seed brings the noise late")
 
 
+def _methods() -> list[str]:
+    """All in the long counts; in the short ones LoRA, full, and those that do something between two steps."""
+    names = plugins.names("methods")
+    plain = () if LONG else tuple(name for name in names if not _acts(methods.kind(name)))
+    return [name for name in names if name in ("full", "lora") or name not in plain]
+
+
+def _acts(kind: type[Method]) -> bool:
+    return any(getattr(kind, hook) is not getattr(Method, hook) for hook in _HOOKS)
+
+
 def _pairs(one: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
     """Each of the one and each of the other at least once."""
     return [(one[i % len(one)], other[i % len(other)]) for i in range(max(len(one), len(other)))]
@@ -156,7 +170,7 @@ CONDITIONS = (
     ),
     *(
         Condition(f"{method}, {schedule}", fixed(f"method={method}", f"train.schedule={schedule}", "train.warmup=0.3"))
-        for method, schedule in _pairs(plugins.names("methods"), _SCHEDULES)
+        for method, schedule in _pairs(_methods(), _SCHEDULES)
     ),
     Condition("gradient checkpointing", fixed("train.gradient_checkpointing=true")),
 )  # fmt: skip

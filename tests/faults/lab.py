@@ -22,7 +22,7 @@ from tunewright import jobs, recipes
 from tunewright.core import plugins
 from tunewright.core.events import EventLog, Reader
 from tunewright.core.rng import derive
-from tunewright.models.load import best_device, load_model
+from tunewright.models.load import best_device
 from tunewright.objectives import kind
 from tunewright.recipes import Stage
 from tunewright.train import ledger
@@ -92,7 +92,7 @@ class Lab:
         job = jobs.check(recipes.load(self.recipe(**choices)))[0]
         stage = job.stage
         torch.manual_seed(derive(stage.train.seed, "method"))
-        model = job.method.apply(load_model(job.source, stage.precision))
+        model = job.method.apply(job.method.load_base(job.source, stage.precision))
         log = EventLog(self.folder / name / "events.jsonl", *readers)
         return Trainer(
             model, job.method, job.objective, job.data, job.valid, stage.train, stage.precision, log,

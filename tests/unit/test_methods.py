@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from tunewright import methods
-from tunewright.core import plugins, store
+from tunewright.core import plugins
 from tunewright.core.errors import DamagedError, ModelError, RecipeError
 from tunewright.methods.full import Full
 from tunewright.methods.lora import Config, Lora
@@ -40,43 +40,11 @@ def lora(**options: Any) -> Lora:
     return Lora(Config(**options))
 
 
-# Every method
-
-
-@pytest.mark.parametrize("name", plugins.names("methods"))
-def test_what_is_trained_comes_back_from_its_folder(
-    make_trainer: Any, make_model: MakeModel, tmp_path: Path, name: str
-) -> None:
-    trainer = make_trainer(method=name, lr=0.02, max_steps=3)
-    before = logits(trainer.model)
-    trainer.run()
-    after = logits(trainer.model)
-    assert (after - before).abs().max() > 1e-3
-    with store.artifact(tmp_path / "saved") as partial:
-        methods.create({"name": name}, methods_config(name)).export(trainer.model, partial)
-    close(logits(methods.kind(name).load(make_model(), tmp_path / "saved")), after, 1e-5)
+# Names
 
 
 def methods_config(name: str) -> Any:
     return plugins.load("methods", name).Config()
-
-
-@pytest.mark.parametrize("name", plugins.names("methods"))
-def test_a_merged_model_is_plain_and_says_the_same(make_trainer: Any, name: str) -> None:
-    trainer = make_trainer(method=name, lr=0.02, max_steps=3)
-    trainer.run()
-    after = logits(trainer.model)
-    merged = methods.kind(name).merge(trainer.model)
-    assert type(merged).__name__ == "LlamaForCausalLM"
-    assert not any("lora" in module for module, _ in merged.named_modules())
-    close(logits(merged), after, 1e-4)
-
-
-@pytest.mark.parametrize("name", plugins.names("methods"))
-def test_every_method_says_what_it_saves_and_how_fast_it_learns(name: str) -> None:
-    method = methods.kind(name)
-    assert method.folder in ("adapter", "model")
-    assert 0 < method.default_lr < 1
 
 
 def test_a_misspelt_method_is_told_the_nearest() -> None:
@@ -122,11 +90,6 @@ def test_lora_is_the_weight_plus_alpha_over_rank_times_b_a(make_model: MakeModel
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     expected = x @ (layer.base_layer.weight + 12 / 4 * b @ a).T
     torch.testing.assert_close(layer(x), expected)
-
-
-def test_lora_factors_have_the_dtype_of_the_base(make_model: MakeModel) -> None:
-    model = lora().apply(make_model("bf16"))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.fixture
@@ -231,23 +194,11 @@ def test_what_was_adapted_by_a_pattern_is_found_in_the_weights(
 # Full and scratch
 
 
-def test_full_trains_every_weight(make_model: MakeModel) -> None:
-    base = make_model().requires_grad_(False)
-    model = Full(methods_config("full")).apply(base)
-    assert trainable(model).keys() == dict(model.named_parameters()).keys()
-
-
 def test_full_saves_an_ordinary_hugging_face_folder(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     Full(methods_config("full")).export(model, tmp_path)
     assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     assert torch.equal(logits(load_model(find(str(tmp_path)))), logits(model))
-
-
-def test_full_keeps_the_dtype(make_model: MakeModel, tmp_path: Path) -> None:
-    model = make_model("bf16")
-    Full(methods_config("full")).export(model, tmp_path)
-    assert Full.load(make_model("bf16"), tmp_path).dtype == torch.bfloat16
 
 
 def test_scratch_needs_the_architecture_only() -> None:

@@ -36,13 +36,10 @@ def test_a_model_and_a_file_are_enough() -> None:
 
 def test_the_options_of_method_and_objective_are_written_out() -> None:
     (stage,) = recipe(objective="pretrain").stages
-    assert stage.method == {
-        "name": "lora",
-        "rank": 16,
-        "alpha": 32.0,
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-    }
+    method = {"name": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
+    assert stage.method.items() >= method.items()
+    assert {"init", "rslora", "lr_ratio", "rank_pattern"} <= stage.method.keys()
+    assert stage.optimizer == {"name": "adamw"}
     assert stage.objective == {"name": "pretrain", "block": 256}
 
 

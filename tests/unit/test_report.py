@@ -402,3 +402,16 @@ def test_verdicts(change: Change, verdict: str) -> None:
 def test_a_small_share_is_not_rounded_to_nothing(tmp_path: Path, share: float, said: str) -> None:
     made = stage(parameters={"total": 10**9, "trainable": 1, "share": share})
     assert f"Trained parameters {said} 1 of 1 B" in read(page(folder(tmp_path / "p", made))).text
+
+
+def test_what_a_method_says_of_itself_is_shown(tmp_path: Path) -> None:
+    ranks = {"model.layers.0.self_attn.q_proj": 12, "model.layers.1.mlp.up_proj": 3}
+    html = page(
+        folder(tmp_path, stage(method_report={"ranks": ranks, "sparsity": 0.99499, "added_biases": 14}))
+    )
+    shown = read(html).text
+    assert "model.layers.0.self_attn.q_proj" in shown
+    assert "0.995" in shown
+    assert "Added biases" in shown
+    assert "What lora did" in shown
+    assert "What lora did" not in page(folder(tmp_path / "plain", stage()))

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ def turn(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def once(folder: Path, make: Callable[[], None]) -> None:
+    """Make an artifact of the cache unless it is there and whole; who comes second waits and finds it made."""
+    if store.is_complete(folder):
+        return
+    with turn(folder.with_name(f"{folder.name}.lock")):
+        store.recover(folder.parent, f".{folder.name}.*")
+        if not store.is_complete(folder):
+            make()
 
 
 def is_owned(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,14 @@ def sources(files: Iterable[DataFile]) -> list[Source]:
 
 def _source(file: DataFile) -> Source:
     if file.path.startswith("builtin:"):
-        return Source(_builtin(file.path.removeprefix("builtin:")), weight=file.weight)
+        name = file.path.removeprefix("builtin:")
+        return Source(_builtin(name), weight=file.weight, task=file.task)
     columns, tags = tuple(file.columns.items()), tuple(file.tags.items())
     try:
         path = given(file.path, "data")
     except UserError as error:
         raise DataError(error.problems) from None
-    return Source(path, file.format, columns, tags, file.weight)
+    return Source(path, file.format, columns, tags, file.weight, file.task)
 
 
 def _builtin(name: str) -> Path:
@@ -57,23 +58,13 @@ def _builtin(name: str) -> Path:
             Problem("data", f"there is no built-in data {name!r}", nearest(name, builtin.SOURCES))
         )
     folder = cache_folder() / "builtin" / builtin.version() / name
-    _once(folder, lambda: _write_builtin(folder, name))
+    lock.once(folder, lambda: _write_builtin(folder, name))
     return folder / f"{name}.jsonl"
 
 
 def _write_builtin(folder: Path, name: str) -> None:
     with store.artifact(folder) as partial:
         store.write_lines(partial / f"{name}.jsonl", builtin.rows(name))
-
-
-def _once(folder: Path, make: Callable[[], None]) -> None:
-    """Make an artifact of the cache unless it is there and whole; who comes second waits and finds it made."""
-    if store.is_complete(folder):
-        return
-    with lock.turn(folder.with_name(f"{folder.name}.lock")):
-        store.recover(folder.parent, f".{folder.name}.*")
-        if not store.is_complete(folder):
-            make()
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class Preparation:
             "on_bad_row": self.on_bad_row, "version": _FORMAT_VERSION,
         }  # fmt: skip
         folder = cache_folder() / "tokens" / store.sha256_json({**self.key, **facts})
-        _once(folder, lambda: self._make(folder, source, split, share))
+        lock.once(folder, lambda: self._make(folder, source, split, share))
         return TokenTable(folder, str(source.path))
 
     def _make(self, folder: Path, source: Source, split: str, share: float) -> None:
@@ -154,9 +145,16 @@ def held_out_rows(data: DataConfig, limit: int) -> list[Row]:
     files, split = (data.valid, "train") if data.valid else (data.train, "valid")
     if not data.valid and not share:
         return []
-    rows = (row for source in sources(files) for row in lint.check(formats.read(source)))
+    rows = (_of_task(row, source) for source in sources(files) for row in lint.check(formats.read(source)))
     spoken = (row for row in rows if isinstance(row, Row) and row.messages and _side(row, share) == split)
     return heapq.nsmallest(limit, spoken, key=_digest)
+
+
+def _of_task(row: Row | Problem, source: Source) -> Row | Problem:
+    """The row with its file's task; scores are told by task where rows name no family."""
+    if isinstance(row, Problem) or not source.task:
+        return row
+    return replace(row, task=source.task, family=row.family or source.task)
 
 
 def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixture, Mixture]:
@@ -167,14 +165,15 @@ def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixt
     wanted += [(data.valid, "train", 0.0)] if data.valid else [(data.train, "valid", share)] if share else []
     made: list[Mixture] = []
     for files, split, part in wanted:
-        tables, weights = [], []
+        tables, weights, tasks = [], [], []
         for source in sources(files):
             try:
                 tables.append(preparation.table(source, split, part))
                 weights.append(source.weight)
+                tasks.append(source.task)
             except DataError as error:
                 problems += error.problems
-        made.append(Mixture(tables, weights, seed))
+        made.append(Mixture(tables, weights, seed, tasks))
     if problems:
         raise DataError(problems)
     if not len(made[0]):

@@ -1,5 +1,6 @@
 """What every format becomes: a row is a conversation or a text, and knows where it came from."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ class Row:
 
     ``where`` is ``file:line`` (1-based, the line on which the row begins). ``tools`` is the JSON text of the
     tool definitions a conversation was given; ``family`` names its kind of task, for scores per family.
-    ``prose`` marks a paragraph of running text, which may well stand there twice.
+    ``prose`` marks a paragraph of running text, which may well stand there twice. ``task`` is what the recipe
+    says that its file is for.
     """
 
     where: str
@@ -29,6 +31,7 @@ class Row:
     tools: str = ""
     family: str = ""
     prose: bool = False
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class Source:
 
     ``columns`` maps our names (prompt, query, response, system, messages, text, family, tools) to the file's
     own; ``tags`` maps role_tag, content_tag, user_tag, assistant_tag, system_tag ... as LLaMA-Factory does.
-    ``weight`` is how often the file's rows come up in an epoch: 2 is twice, 0.5 is every second row.
+    ``weight`` is how often the file's rows come up in an epoch: 2 is twice, 0.5 is every second row. ``task``
+    names what the rows are for, where adapters differ by it.
     """
 
     path: Path
@@ -45,3 +49,12 @@ class Source:
     columns: tuple[tuple[str, str], ...] = ()
     tags: tuple[tuple[str, str], ...] = ()
     weight: float = 1.0
+    task: str = ""
+
+
+def task_id(task: str) -> int:
+    """A task's number in a batch, 63 bits that follow from its name: no list of tasks needs to be shared.
+
+    0 is that of no task.
+    """
+    return int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little") >> 1 if task else 0

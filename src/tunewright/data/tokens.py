@@ -14,10 +14,13 @@ from safetensors.numpy import save_file
 from tunewright.core import store
 from tunewright.core.errors import Problem
 from tunewright.core.rng import permutation
+from tunewright.data.rows import task_id
 
 Sample = dict[str, np.ndarray]
 ORIGIN = "origin"
 """The field of a sample that holds the first and the last line it was made from."""
+TASK = "task"
+"""The field of a sample that holds the number of its file's task, if that has one."""
 _SHARD_TOKENS = 8_000_000
 _SHARD = "shard-{:05d}.safetensors"
 _LENGTH = "length"
@@ -114,10 +117,21 @@ def _ends(shard: Any) -> dict[str, np.ndarray]:
 
 
 class Mixture(Sequence[Sample]):
-    """Several tables with weights, as one; indices run over all tables' samples in order."""
+    """Several tables with weights, as one; indices run over all tables' samples in order.
 
-    def __init__(self, tables: Sequence[TokenTable], weights: Sequence[float], seed: int = 0) -> None:
+    ``tasks`` names each table's task, empty for none; it is no part of a table, so that one may serve several.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TokenTable],
+        weights: Sequence[float],
+        seed: int = 0,
+        tasks: Sequence[str] = (),
+    ) -> None:
         self.tables, self.weights, self.seed = list(tables), list(weights), seed
+        named = (task_id(task) for task in tasks or [""] * len(tables))
+        self._tasks = [{TASK: np.array([number], np.int64)} if number else {} for number in named]
         self._starts = np.cumsum([0, *map(len, self.tables)])
         self.lengths = np.concatenate([np.empty(0, np.int32), *(t.lengths for t in self.tables)])
 
@@ -126,7 +140,7 @@ class Mixture(Sequence[Sample]):
 
     def __getitem__(self, index: Any) -> Any:
         k, own = self._place(int(index))
-        return self.tables[k][own]
+        return self.tables[k][own] | self._tasks[k]
 
     def _place(self, index: int) -> tuple[int, int]:
         """Which table, and where in it."""

@@ -49,9 +49,9 @@ class Examination:
 
     def _answers(self, model: Any, progress: Callable[[int, int], None]) -> list[str]:
         prompts = [row.messages[:-1] for row in self.rows]
-        count = len(prompts)
+        count, tasks = len(prompts), [row.task for row in self.rows]
         return guard.fitting(_AT_ONCE, 1, lambda size: answer(
-            model, self.codec, prompts, self.config.max_new_tokens, size, lambda n: progress(n, count)
+            model, self.codec, prompts, self.config.max_new_tokens, size, lambda n: progress(n, count), tasks
         ))  # fmt: skip
 
     def _families(self, answers: list[str]) -> Tree:

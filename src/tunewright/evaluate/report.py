@@ -119,8 +119,27 @@ def _stage(stage: Tree, history: charts.History) -> Tree:
         "loss_chart": charts.loss_chart(history, stage["before"], stage["after"]),
         "side_charts": charts.side_charts(history),
         "sets": [_dataset("Training", stage["data"]["train"]), _dataset("Held-out", stage["data"]["valid"])],
-        "chosen": [_options(stage[key]) for key in ("method", "objective")],
+        "chosen": [_options(stage[key]) for key in ("method", "objective")], **_own(stage.get("method_report", {})),
     }  # fmt: skip
+
+
+def _own(figures: Tree) -> Tree:
+    """What the method says of itself: single figures, and one row of bars for each mapping."""
+    named = {name.replace("_", " ").capitalize(): value for name, value in figures.items()}
+    return {
+        "own_figures": [(n, _figure(v)) for n, v in named.items() if not isinstance(v, dict)],
+        "own_bars": [(n, list(v.items())) for n, v in named.items() if isinstance(v, dict) and v],
+    }
+
+
+def _figure(value: Any) -> str:
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def _options(choice: Tree) -> str:

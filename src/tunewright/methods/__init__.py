@@ -73,13 +73,17 @@ class Method(ABC):
     """False if training begins from the architecture alone, with random weights."""
     starts_equal: ClassVar[bool] = True
     """Whether outputs are the base's own until the first step."""
-    base_bytes: ClassVar[float] = 2.0
-    """Bytes that a frozen weight takes under bf16; less where the base is quantized."""
+    base_bytes: float = 2.0
+    """Bytes that a frozen weight inside the blocks takes under bf16; less where the base is quantized."""
     reads: ClassVar[tuple[str, ...]] = ()
     """The ``peft_type`` values of other tools' adapters that this method loads."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def load_base(self, source: ModelSource, precision: str) -> Any:
+        """The model that :meth:`apply` gets, as this method holds it."""
+        return load_model(source, precision, random_weights=not self.needs_weights)
 
     def apply(self, model: Any) -> Any:
         """The model with everything frozen but what this method trains; ModelError says what speaks against it."""
@@ -103,6 +107,10 @@ class Method(ABC):
     def count(self, model: Any) -> int:
         """How many parameters will be trained, from the base's shapes alone (it may lie on ``meta``)."""
 
+    def at_once(self, model: Any) -> int:
+        """How many of :meth:`count` have gradients and optimizer state at the same time: all, unless it says so."""
+        return self.count(model)
+
     def saved(self, model: Any) -> int:
         """How many numbers :meth:`export` writes for a trained model: those that were trained, unless it says so."""
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -124,6 +132,11 @@ class Method(ABC):
     def keeps_apart(cls, model: Any) -> Words | None:
         """Why this base, or this model trained on it, cannot be merged; None if it can."""
         return cls.facts.keeps_apart
+
+    @classmethod
+    def load_with_base(cls, source: ModelSource, precision: str, folder: Path) -> Any:
+        """The trained model again, its base held as in training."""
+        return cls.load(load_model(source, precision), folder)
 
     @classmethod
     def merge(cls, model: Any) -> Any:
@@ -207,7 +220,7 @@ def load_adapter(
     if precision not in DTYPES:
         raise DamagedError(f"{folder}: the manifest names no precision that there is, but {precision!r}")
     method = kind(manifest["method"])
-    return method.load(load_model(base_of(manifest, trusted), precision), folder), method
+    return method.load_with_base(base_of(manifest, trusted), precision, folder), method
 
 
 def base_of(manifest: Mapping[str, Any], trusted: bool = False) -> ModelSource:

@@ -18,7 +18,10 @@ _PLAIN = re.compile(r"\^?(?:\w|-|\\?\.)+\$?")
 _SIZES = (
     "r", "init_r", "target_r", "num_virtual_tokens", "oft_block_size", "boft_block_size", "boft_block_num",
     "block_size", "n_frequency", "num_vectors", "vector_length", "adapter_len", "token_dim",
+    "num_layers", "num_attention_heads", "num_transformer_submodules", "encoder_num_layers",
 )  # fmt: skip
+_ENCODER, _WIDER = "encoder_hidden_size", 64
+"""The width of a network that made the weights and is not among them: at most so many times their longest side."""
 PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
 _UNSUPPORTED = ("megatron_config", "layer_replication")
 
@@ -103,12 +106,15 @@ def _numbers(config: dict[str, Any], longest: int) -> Iterator[tuple[str, str]]:
     """No number that memory is taken by may be larger than any side of the weights."""
     # LoKr's rank is no side of anything where a factor is small enough to be whole.
     for key in set(_SIZES) - ({"r"} if config.get("peft_type") == "LOKR" else set()):
-        value = config.get(key)
-        if value is not None and (type(value) is not int or not 0 <= value <= longest):
-            yield (
-                f"{key} is {str(value)[:40]!r}, no side of its weights is longer than {longest}",
-                files.AGAIN,
-            )
+        yield from _too_long(config, key, longest)
+    yield from _too_long(config, _ENCODER, _WIDER * longest)
+
+
+def _too_long(config: dict[str, Any], key: str, most: int) -> Iterator[tuple[str, str]]:
+    value = config.get(key)
+    if value is not None and (type(value) is not int or not 0 <= value <= most):
+        what = f"{key} is {str(value)[:40]!r}, the sides of its weights allow {most} at most"
+        yield what, files.AGAIN
 
 
 def _lora(config: dict[str, Any], most: int) -> Iterator[tuple[str, str]]:

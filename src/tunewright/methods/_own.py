@@ -49,10 +49,18 @@ class OwnMethod(Method):
         )
         return found + ([f"{len(wrong)} weights have another shape: {wrong[0]}"] if wrong else [])
 
+    def ready(self, base: Any) -> Any:
+        """The base with all that saved tensors are put into; :meth:`load` begins with it."""
+        return self.apply(base)
+
     def export(self, model: Any, folder: Path) -> None:
         """adapter_model.safetensors and an adapter_config.json that names the method and its options."""
         tensors = {name: t.contiguous().cpu() for name, t in self.tensors(model).items()}
         save_file(tensors, folder / _adapter.WEIGHTS, metadata={"format": "pt"})
+        self.describe(model, folder)
+
+    def describe(self, model: Any, folder: Path) -> None:
+        """The adapter_config.json by which :meth:`load` knows the method and its options."""
         options = self.config.model_dump(mode="json")
         name = type(self).__module__.rpartition(".")[2]
         config = {
@@ -61,17 +69,26 @@ class OwnMethod(Method):
         }  # fmt: skip
         store.write_json(folder / _adapter.CONFIG, config)
 
+    def header(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Names and shapes of what is saved in a folder, as :meth:`tensors` names it."""
+        return _adapter.header(folder)
+
+    def read(self, folder: Path) -> Tensors:
+        """What is saved in a folder, by the names of :meth:`tensors`."""
+        tensors: Tensors = load_file(folder / _adapter.WEIGHTS)
+        return tensors
+
     @classmethod
     def load(cls, base: Any, folder: Path) -> Any:
         """The base with what was trained; ModelError if the two do not fit."""
         method = cls(_options(folder, cls.__module__.rpartition(".")[2]))
-        where, header = str(folder / _adapter.WEIGHTS), _adapter.header(folder)
+        where, header = str(folder / _adapter.WEIGHTS), method.header(folder)
         if found := method.misses(base, header):  # before memory is taken for it
             raise ModelError(Problem(where, what, "name its own base") for what in found)
-        model = method.apply(base)
+        model = method.ready(base)
         if found := method.fits(model, header):
             raise ModelError(Problem(where, what, "name its own base") for what in found)
-        method.fill(model, load_file(folder / _adapter.WEIGHTS))
+        method.fill(model, method.read(folder))
         return model
 
 

@@ -19,12 +19,21 @@ from tunewright.models import files
 Factors = dict[str, Tensor]
 
 
-def factors(model: Any) -> Factors:
-    """Copies of A and B of a PEFT model by the names that they are saved under."""
+_START = "tunewright_start"
+
+
+def remember(model: Any) -> None:
+    """Keep copies of A and B on a PEFT model, by the names that they are saved under."""
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().clone() for name, tensor in saved.items()}
+    setattr(model, _START, {name: tensor.detach().clone() for name, tensor in saved.items()})
+
+
+def remembered(model: Any) -> Factors:
+    """What :func:`remember` kept; nothing if the model starts outside of its weights."""
+    start: Factors = getattr(model, _START, {})
+    return start
 
 
 def subtract(folder: Path, start: Factors) -> None:

@@ -98,6 +98,11 @@ class Adalora(PeftMethod):
 
     def after_update(self, model: Any, clock: Clock) -> None:
         """Scores of importance, and the mask that follows from them."""
+        last_cut = self._peft.total_step - self._peft.tfinal
+        if clock.step + 1 == last_cut and not self._allocator.ipt:
+            self._allocator.update_ipt(
+                model.base_model.model
+            )  # PEFT takes scores in the steps before it only
         model.base_model.update_and_allocate(clock.step + 1)
 
     def state(self) -> dict[str, Tensor]:

@@ -120,7 +120,8 @@ class Lora(PeftMethod):
     def inject(self, model: Any) -> Any:
         """A PEFT model; what PiSSA and OLoRA took out of the base's weights is kept for :meth:`export`."""
         adapted = super().inject(model)
-        self._start = _residual.factors(adapted) if self.config.init in ("pissa", "olora") else {}
+        if self.config.init in ("pissa", "olora"):
+            _residual.remember(adapted)
         return adapted
 
     def begin(self, model: Any, setting: Setting) -> None:
@@ -134,13 +135,13 @@ class Lora(PeftMethod):
 
     def saved(self, model: Any) -> int:
         """Twice as much where the start has to be taken off again."""
-        return super().saved(model) * (2 if self._start else 1)
+        return super().saved(model) * (2 if _residual.remembered(model) else 1)
 
     def export(self, model: Any, folder: Path) -> None:
         """PEFT's own files; an adapter that began inside the base's weights is saved as its difference to them."""
         super().export(model, folder)
-        if self._start:
-            _residual.subtract(folder, self._start)
+        if start := _residual.remembered(model):
+            _residual.subtract(folder, start)
 
 
 def _named(module: str, name: str) -> bool:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from tunewright.core.units import chunks
-from tunewright.data.rows import Message
+from tunewright.data.rows import Message, task_id
 from tunewright.data.template import ChatCodec
+from tunewright.data.tokens import TASK
+from tunewright.models.announce import announced
 
 
 def answer(
@@ -17,17 +19,22 @@ def answer(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
+    tasks: Sequence[str] = (),
 ) -> list[str]:
     """The model's greedy answer to each conversation, without its end-of-turn token.
 
     Prompts are sorted by length so that a batch has little padding; answers come back in the given order.
+    ``tasks`` names what each is for, where adapters differ by it.
     """
+    numbers = [task_id(task) for task in tasks] or [0] * len(prompts)
     room = max(1, context_length(model) - max_new_tokens)
     ids = [codec.prompt(messages)[-room:] for messages in prompts]
     answers = [""] * len(ids)
     done = 0
     for some in chunks(sorted(range(len(ids)), key=lambda i: len(ids[i])), batch_size):
-        texts = _generate(model, codec, [ids[i] for i in some], max_new_tokens)
+        batch = {TASK: torch.tensor([numbers[i] for i in some], device=model.device)}
+        with announced(model, batch):
+            texts = _generate(model, codec, [ids[i] for i in some], max_new_tokens)
         for i, text in zip(some, texts, strict=True):
             answers[i] = text
         done += len(some)
@@ -36,8 +43,9 @@ def answer(
 
 
 def context_length(model: Any) -> int:
-    """The most tokens the model can attend to; without a limit in its config, 2^30."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    """The most tokens the model can attend to, less those of a prompt before it; without a limit 2^30."""
+    limit = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    return limit - int(getattr(model, "virtual_tokens", 0))
 
 
 @torch.no_grad()

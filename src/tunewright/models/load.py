@@ -145,18 +145,21 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-def load_model(source: ModelSource, precision: str = "fp32", random_weights: bool = False) -> Any:
+def load_model(
+    source: ModelSource, precision: str = "fp32", random_weights: bool = False, quantization: Any = None
+) -> Any:
     """The causal language model on the best device; its weights come from safetensors only.
 
-    With ``random_weights`` it has the same architecture, freshly initialised. ModelError if the folder is not
-    whole, or lacks weights that the config asks for.
+    With ``random_weights`` it has the same architecture, freshly initialised. ``quantization`` is a config of
+    transformers', by which weights are quantized while they are read. ModelError if the folder is not whole, or lacks
+    weights that the config asks for.
     """
     _quiet()
     if source.folder:
         intact.check(source.folder, source.name, source.trust_remote_code)
-    make = _initialised if random_weights else _stored
+    dtype = DTYPES[precision]
     try:
-        model = make(source, DTYPES[precision])
+        model = _initialised(source, dtype) if random_weights else _stored(source, dtype, quantization)
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries make of a config that is not as they expect it
@@ -164,7 +167,7 @@ def load_model(source: ModelSource, precision: str = "fp32", random_weights: boo
     return model.to(best_device())
 
 
-def _stored(source: ModelSource, dtype: torch.dtype) -> Any:
+def _stored(source: ModelSource, dtype: torch.dtype, quantization: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     if source.folder and not intact.weight_files(source.folder):
@@ -174,7 +177,7 @@ def _stored(source: ModelSource, dtype: torch.dtype) -> Any:
         _check_proportion(source, dtype)
     model, told = AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, trust_remote_code=source.trust_remote_code, use_safetensors=True,
-        output_loading_info=True,
+        output_loading_info=True, quantization_config=quantization,
     )  # fmt: skip
     parameters = {name for name, _ in model.named_parameters()}
     if missing := sorted(parameters.intersection(told["missing_keys"])):

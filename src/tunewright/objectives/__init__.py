@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tunewright.core import plugins
@@ -12,7 +13,7 @@ from tunewright.core.config import Config
 from tunewright.core.errors import Problem
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
-from tunewright.data.tokens import ORIGIN
+from tunewright.data.tokens import ORIGIN, TASK
 
 Sample = dict[str, np.ndarray]
 """One-dimensional integer arrays by name; ``input_ids`` [T] is always among them, and :func:`origin` should be."""
@@ -47,6 +48,14 @@ class Objective(ABC):
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Samples padded into one batch."""
+
+    def batch(self, samples: Sequence[Sample], device: torch.device) -> Batch:
+        """The samples padded, on the device; with ``task`` int64 [B] if any names one, 0 for those that do not."""
+        batch = self.collate(samples)
+        if any(TASK in sample for sample in samples):
+            tasks_B = torch.tensor([int(sample[TASK][0]) if TASK in sample else 0 for sample in samples])
+            batch = {TASK: tasks_B, **batch}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
     @abstractmethod
     def weight(self, batch: Batch) -> float:

@@ -16,6 +16,8 @@ class DataFile(Config):
     """alpaca, sharegpt, messages, prompt-completion, text, plain; auto detects it."""
     weight: float = Field(1.0, gt=0)
     """How often its rows come up in an epoch: 2 is twice, 0.5 is every second row."""
+    task: str = Field("", max_length=64, pattern=r"^[A-Za-z0-9_-]*$")
+    """What its rows are for; method multi_task trains an adapter for each task."""
     columns: dict[str, str] = {}
     """Our name of a column -> the file's name of it."""
     tags: dict[str, str] = {}

@@ -34,8 +34,7 @@ class Feed:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Samples as one padded batch."""
-        collated = self.objective.collate(list(take(self.data, indices)))
-        return {name: tensor.to(self.device) for name, tensor in collated.items()}
+        return self.objective.batch(list(take(self.data, indices)), self.device)
 
     def tokens(self, indices: np.ndarray) -> int:
         """Tokens in these samples, padding not counted."""

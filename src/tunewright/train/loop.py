@@ -55,7 +55,10 @@ class Trainer:
         self.state = TrainState()
         self.method.begin(self.model, Setting(self.objective.codec, self._look, self.clock))
         lr = self.config.lr or self.method.default_lr
-        self.optimizer = Masters(self.model, self.config, lr, self.algorithm, self.method.lr_scale)
+        self.optimizer = Masters(
+            self.model, self.config, lr, self.algorithm, self.method.lr_scale,
+            lambda: self.method.before_step(self.model, self.clock),
+        )  # fmt: skip
         self.passes = Accumulator(
             self.model, self.method, self.objective, self.feed, self.optimizer, self.precision == "fp16"
         )

@@ -8,6 +8,7 @@ import torch
 
 from tunewright.data.batching import cut
 from tunewright.data.tokens import Sample, take
+from tunewright.models.announce import announced
 from tunewright.objectives import Objective
 from tunewright.train import guard
 
@@ -59,9 +60,9 @@ class HeldOut:
         device = next(model.parameters()).device
         total = weights = 0.0
         for indices in batches:
-            samples = list(take(self.samples, indices))
-            batch = {k: v.to(device) for k, v in self.objective.collate(samples).items()}
+            batch = self.objective.batch(list(take(self.samples, indices)), device)
             weight = self.objective.weight(batch)
-            total += float(self.objective.loss(model, batch)[0]) * weight
+            with announced(model, batch):
+                total += float(self.objective.loss(model, batch)[0]) * weight
             weights += weight
         return total / weights

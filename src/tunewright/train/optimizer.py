@@ -22,7 +22,8 @@ from tunewright.train import guard
 class Masters:
     """A model's trainable parameters by name, their masters and the optimizer's state.
 
-    ``parameters`` are all that require gradients at the start; ``masters`` are of those that do now.
+    ``parameters`` are all that require gradients at the start; ``masters`` are of those that do now. ``choose``
+    may take gradients away from some for the first step.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Masters:
         lr: float,
         optimizer: Optimizer | None = None,
         lr_scale: Callable[[str], float] = lambda name: 1.0,
+        choose: Callable[[], None] = lambda: None,
     ) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        choose()  # before masters of all of them take memory
         self.lr, self.config, self.lr_scale = lr, config, lr_scale
         self.optimizer = optimizer or AdamW(AdamWConfig())
         self.masters: dict[str, Tensor] = {}

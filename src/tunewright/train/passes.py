@@ -10,6 +10,7 @@ import torch
 
 from tunewright.core.rng import derive
 from tunewright.methods import Clock, Method
+from tunewright.models.announce import announced
 from tunewright.objectives import Objective
 from tunewright.train.feed import Feed
 from tunewright.train.optimizer import Masters
@@ -46,7 +47,7 @@ class Accumulator:
         metrics: dict[str, float] = {}
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             torch.manual_seed(derive(clock.seed, f"micro-{i}", clock.step))
-            with self._autocast():
+            with self._autocast(), announced(self.model, batch):
                 part, metrics = self.objective.loss(self.model, batch)
             (part * (weight / whole * scale)).backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach()) * weight / whole
