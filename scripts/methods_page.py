@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from html import escape
-from math import log10
+from math import ceil, cos, floor, log2, log10, pi, sin
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,8 @@ def _method(row: Tree, words: Tree, language: str) -> str:
 
 # Pictures: one panel each, drawn for a white page, with nothing but text and lines.
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 20, 40, 50
-INK, FAINT, ACCENT = "#222", "#ddd", "#1f6feb"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 70, 20, 40, 50
+INK, FAINT, ACCENT = "#222", "#ccc", "#1f6feb"
 
 
 def pictures(measured: Tree, words: Tree) -> dict[str, str]:
@@ -183,8 +183,11 @@ def _frame(title: str, inner: list[str]) -> str:
     ])  # fmt: skip
 
 
-def _losses(points: Sequence[tuple[float, float]]) -> Scale:
-    return linear(min(loss - sd for loss, sd in points), max(loss + sd for loss, sd in points))
+def _losses(points: Sequence[tuple[float, float]], doubling: bool = False) -> Scale:
+    low, high = min(loss - sd for loss, sd in points), max(loss + sd for loss, sd in points)
+    if not doubling:
+        return linear(low, high)
+    return Scale(tuple(2.0**k for k in range(floor(log2(low)), ceil(log2(high)) + 1)), log=True)
 
 
 def _y(scale: Scale, loss: float) -> float:
@@ -204,7 +207,7 @@ def _rows(scale: Scale, name: str) -> list[str]:
 def _scatter(
     title: str, points: list[tuple[float, float, float, str]], x_name: str, y_name: str, joined: bool
 ) -> str:
-    scale = _losses([(loss, sd) for _, loss, sd, _ in points])
+    scale = _losses([(loss, sd) for _, loss, sd, _ in points], doubling=not joined)
     low, high = log10(min(x for x, *_ in points)) - 0.15, log10(max(x for x, *_ in points)) + 0.15
 
     def across(x: float) -> float:
@@ -217,12 +220,11 @@ def _scatter(
     if joined:
         path = " ".join(f"{across(x):.1f},{_y(scale, loss):.1f}" for x, loss, _, _ in points)
         inner.append(f'<polyline points="{path}" fill="none" stroke="{ACCENT}" stroke-width="2"/>')
-    taken: list[tuple[float, float]] = []
+    taken = [_box(across(x) - 5, _y(scale, loss) + 5, 10) for x, loss, _, _ in points]
     for x, loss, sd, name in sorted(points, key=lambda p: p[1]):
         inner.append(_dot(across(x), _y(scale, loss), _y(scale, loss + sd), _y(scale, loss - sd)))
         if not joined:
-            at = _free(taken, across(x), _y(scale, loss), len(name) * 6.2)
-            inner.append(_text(at[0], at[1], name, "start", 11))
+            inner += _label(taken, across(x), _y(scale, loss), name)
     return _frame(title, inner)
 
 
@@ -233,14 +235,36 @@ def _dot(x: float, y: float, above: float, below: float) -> str:
     )
 
 
-def _free(taken: list[tuple[float, float]], x: float, y: float, width: float) -> tuple[float, float]:
-    """Where a label beside a dot runs into no other: a little lower each time, to the left of it near the edge."""
-    left = x + 7 if x + 7 + width < WIDTH - RIGHT else x - 7 - width
-    at = y + 4
-    while any(abs(at - other_y) < 11 and abs(left - other_x) < 95 for other_x, other_y in taken):
-        at += 11
-    taken.append((left, at))
-    return left, at
+Box = tuple[float, float, float, float]
+
+
+def _box(x: float, y: float, width: float) -> Box:
+    """Of a line of small text that begins at x and stands on y."""
+    return x, y - 10, x + width, y + 2
+
+
+def _label(taken: list[Box], x: float, y: float, name: str) -> list[str]:
+    """A dot's name where nothing else is, as near as can be; a thin line leads to it from further away."""
+    width = 6.2 * len(name)
+    beside = ((7.0, 4.0), (-7.0 - width, 4.0), (-width / 2, -9.0), (-width / 2, 18.0))
+    around = [
+        (r * cos(angle * pi / 8) - (width if cos(angle * pi / 8) < 0 else 0), r * sin(angle * pi / 8) + 4)
+        for r in range(24, 240, 12)
+        for angle in range(16)
+    ]
+    for dx, dy in (*beside, *around):
+        box = _box(x + dx, y + dy, width)
+        inside = box[0] > LEFT and box[2] < WIDTH - RIGHT and box[1] > TOP and box[3] < HEIGHT - BOTTOM
+        if inside and not any(_meet(box, other) for other in taken):
+            break
+    taken.append(box)
+    near = box[0] if dx > 0 else box[2]
+    line = f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{y + dy - 4:.1f}" stroke="{FAINT}"/>'
+    return [*([line] if (dx, dy) not in beside else []), _text(x + dx, y + dy, name, "start", 11)]
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _bars(title: str, rows: Tree, y_name: str) -> str:

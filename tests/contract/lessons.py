@@ -70,7 +70,9 @@ class Taught:
         trainer.run()
         self.at_end = logits(self.model)
         self.dtypes_after = _dtypes(self.model)
-        self.saved, self.reloaded = self.folder / "saved", self.folder / "logits.safetensors"
+        self.saved = self.folder / "saved"
+        # Beside the folder: another process writes it while the folder may be copied.
+        self.reloaded = self.folder.with_name(f"{self.folder.name}-logits.safetensors")
         self.saved.mkdir()
         self.method.export(self.model, self.saved)
         self.reload: Callable[[], None]

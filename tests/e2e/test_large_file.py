@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SIZE_MB = int(os.environ.get("TUNEWRIGHT_LARGE_MB", "48"))
+SIZE_MB = int(os.environ.get("TUNEWRIGHT_LARGE_MB", "24"))
 LIMIT_MB = 2048 if SIZE_MB >= 1024 else 900
 """The libraries alone take 500 MB or so; the smaller file must not need much more."""
 ANSWER = "the quick brown fox jumps over the lazy dog and then goes home to sleep under the old tree. " * 10

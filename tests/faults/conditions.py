@@ -23,7 +23,7 @@ from tunewright.train import guard, ledger
 
 Overrides = tuple[str, ...]
 _BOTH = (signal.SIGKILL, signal.SIGTERM)
-_HOOKS = ("begin", "before_step", "penalty", "after_update", "state")
+_HOOKS = ("state", "at_once")
 _SCHEDULES = get_args(TrainConfig.model_fields["schedule"].annotation)
 _NOISE = (guard.WINDOW + 4, guard.WINDOW + 14)
 """Steps between which a batch of noise comes up, when the others are learned."""
@@ -125,7 +125,7 @@ def _late_seed(recipe: Path, overrides: Overrides) -> int:
 
 
 def _methods() -> list[str]:
-    """All in the long counts; in the short ones LoRA, full, and those that do something between two steps."""
+    """All in the long counts; in the short ones LoRA, full, and those that keep state or let it come and go."""
     names = plugins.names("methods")
     plain = () if LONG else tuple(name for name in names if not _acts(methods.kind(name)))
     return [name for name in names if name in ("full", "lora") or name not in plain]
