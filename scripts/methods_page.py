@@ -42,6 +42,8 @@ WORDS: dict[str, Tree] = {
         "pico": "### builtin:pico (5.5 M) on its demo data",
         "tinytalk": "### tinytalk-3m-chat on alpaca_en_demo",
         "base": "Held-out loss before training: {before:.3f}.",
+        "tinytalk_note": "Rates are those chosen on pico and were not chosen anew: a row above the loss before training "
+        "says that such a rate is too high here, not that the method fails.",
         "pico_head": "| method | held-out loss | exact match | trainable | peak memory | tokens/s | adapter |\n"
         "|---|---:|---:|---:|---:|---:|---:|",
         "tinytalk_head": "| method | held-out loss | trainable | peak memory | tokens/s | adapter |\n"
@@ -74,6 +76,7 @@ WORDS: dict[str, Tree] = {
         "pico": "### builtin:pico（5.5 M）与自带的演示数据",
         "tinytalk": "### tinytalk-3m-chat 与 alpaca_en_demo",
         "base": "训练前的留出损失：{before:.3f}。",
+        "tinytalk_note": "学习率沿用在 pico 上选出的值，没有重新选择：某一行高于训练前的损失，说明这个学习率在这里太高，并不说明方法无效。",
         "pico_head": "| 方法 | 留出损失 | 完全匹配 | 训练参数 | 峰值内存 | 词元/秒 | 适配器大小 |\n"
         "|---|---:|---:|---:|---:|---:|---:|",
         "tinytalk_head": "| 方法 | 留出损失 | 训练参数 | 峰值内存 | 词元/秒 | 适配器大小 |\n|---|---:|---:|---:|---:|---:|",
@@ -120,7 +123,8 @@ def _measured(measured: Tree, words: Tree, language: str) -> list[str]:
             continue
         before = next(iter(rows.values()))["before"]
         table = "\n".join([words[f"{task}_head"], *(_result(n, r) for n, r in _best_first(rows))])
-        parts += [words[task], words["base"].format(before=before), table]
+        note = " ".join([words["base"].format(before=before), *filter(None, [words.get(f"{task}_note")])])
+        parts += [words[task], note, table]
     drawn = [f"![{words[name]}](images/methods-{name}.{language}.svg)" for name in pictures(measured, words)]
     return [
         *parts,
