@@ -37,7 +37,7 @@ WORDS: dict[str, Tree] = {
         "best of three learning rates (3, 10 and 30 times its default, chosen on pico with one seed: small models "
         "take larger rates). Mean and standard deviation over {seeds} seeds. Tokens/s and peak memory of the whole "
         "process are from separate short runs, one after another on two cores, bf16; read them as ratios. "
-        "`python benchmarks/methods.py` repeats it. A few steps favour methods that learn fast; they do not say which "
+        "The passes of `benchmarks/methods.py` repeat it. A few steps favour methods that learn fast; they do not say which "
         "is best in the end.",
         "pico": "### builtin:pico (5.5 M) on its demo data",
         "tinytalk": "### tinytalk-3m-chat on alpaca_en_demo",
@@ -71,7 +71,7 @@ WORDS: dict[str, Tree] = {
         "measured": "## 实测",
         "measured_note": "所有方法使用相同的数据、相同的 {steps} 步（每步 {tokens} 个词元）和相同的学习率曲线；每个方法取三个学习率"
         "（默认值的 3、10、30 倍，在 pico 上用一个种子选出：小模型适合更大的学习率）中最好的一个。数值为 {seeds} 个种子的均值与标准差。"
-        "词元/秒和整个进程的峰值内存来自另外的短跑，在两个核上逐个进行，bf16；请只看比例。`python benchmarks/methods.py` 可以重做。"
+        "词元/秒和整个进程的峰值内存来自另外的短跑，在两个核上逐个进行，bf16；请只看比例。用 `benchmarks/methods.py` 的各个步骤可以重做。"
         "步数少时学得快的方法占便宜，并不说明最终谁最好。",
         "pico": "### builtin:pico（5.5 M）与自带的演示数据",
         "tinytalk": "### tinytalk-3m-chat 与 alpaca_en_demo",

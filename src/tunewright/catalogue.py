@@ -83,20 +83,20 @@ def method_table(rows: list[Tree], language: str = "en") -> str:
 
     table = Table(box=None, pad_edge=False, show_edge=False)
     for title, justify in (("method", "left"), ("trains", "right"), ("share", "right"), ("memory", "right"),
-                           ("merges", "left"), ("at inference", "left"), ("when", "left")):  # fmt: skip
+                           ("merges", "left"), ("not on", "left"), ("at inference", "left"), ("when", "left")):  # fmt: skip
         table.add_column(title, justify=justify, no_wrap=title in ("method", "trains", "share"))  # type: ignore[arg-type]
     for row in rows:
         merges = "yes" if row["mergeable"] else "no"
         table.add_row(
             row["name"], human_count(row["count"]), f"{row['share']:.3%}", f"{row['memory_factor']:.2f}",
-            merges, row["inference"][language], row["when"][language],
+            merges, ", ".join(row["refuses"]), row["inference"][language], row["when"][language],
         )  # fmt: skip
     console = Console(width=140, force_terminal=False, color_system=None)
     with console.capture() as caught:
         console.print(table)
     legend = (
         "trains, share: trainable parameters of a Llama 7B at default options. memory: weights, gradients and "
-        "optimizer against full fine-tuning.\nWhere a method does not apply, and its formula and paper: --json, "
-        "or docs/methods.md"
+        "optimizer against full fine-tuning.\nnot on: architectures that refuse it at default options; why, and its "
+        "formula and paper: --json, or docs/methods.md"
     )
     return "\n".join(line.rstrip() for line in caught.get().splitlines()) + "\n\n" + legend

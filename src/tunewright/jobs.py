@@ -147,8 +147,11 @@ def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tup
         problems += _kept_apart(before)
     else:
         source = _found(stage, problems)
-    problems += _memory(stage, source, method)
-    problems += method.problems(outline(source))
+    try:
+        shape = outline(source)
+        problems += [*_memory(stage, source, method, shape), *method.problems(shape)]
+    except ModelError as error:
+        problems += error.problems
     if problems:
         raise HardwareError(problems)
     codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source, method))
@@ -180,14 +183,14 @@ def _longest(stage: Stage, source: ModelSource, method: methods.Method) -> int:
     return min(stage.data.max_length, context - method.virtual_tokens()) if context else stage.data.max_length
 
 
-def _memory(stage: Stage, source: ModelSource, method: methods.Method) -> list[Problem]:
+def _memory(stage: Stage, source: ModelSource, method: methods.Method, shape: Any) -> list[Problem]:
     """A problem if the weights alone (and the optimizer's part, if all are trained) exceed what is free."""
     count = inspect.parameter_count(source)
     if count is None or best_device() != "cpu":
         return []
     trained = 0.0
     if method.folder == "model":
-        trained = 16 * method.at_once(outline(source)) / count  # fp32 master, two moments, gradient
+        trained = 16 * method.at_once(shape) / count  # fp32 master, two moments, gradient
     held = method.base_bytes if stage.precision == "bf16" or method.base_bytes < 2 else 4
     need, free = int(count * (held + trained)), inspect.available_memory()
     if need <= free:

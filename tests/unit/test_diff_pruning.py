@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_loop import kill_at
-from training import MakeTrainer, logged, losses, same, weights
+from training import MakeTrainer, killed_and_whole, losses, same
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunewright.core.errors import ModelError
@@ -232,17 +231,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
         "method": {**DENSE, "structured": True}, "precision": precision, "lr": 0.003, "max_steps": STEPS,
         "micro_tokens": 32, "save_every": 1,
     }  # fmt: skip
-    whole = make_trainer(folder="whole", **settings)
-    whole.run()
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(folder="killed", readers=[kill_at(killed_at)], **settings).run()
-    resumed = make_trainer(folder="killed", **settings)
-    resumed.run()
-    assert [event["step"] for event in logged(tmp_path, "resume", "killed")] == [killed_at - 1]
-    assert same(weights(resumed), weights(whole))
+    resumed, whole = killed_and_whole(make_trainer, tmp_path, killed_at, **settings)
     assert same(resumed.method.tensors(resumed.model), whole.method.tensors(whole.model))
-    assert same(resumed.optimizer.weights(), whole.optimizer.weights())
-    assert same(resumed.optimizer.state(), whole.optimizer.state())
     expected = losses(tmp_path, "whole")
     assert losses(tmp_path, "killed") == expected[:killed_at] + expected[killed_at - 1 :]
 

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_loop import kill_at
-from training import OTHERS, MakeTrainer, logged, losses, same, weights
+from training import OTHERS, MakeTrainer, killed_and_whole, losses, same, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunewright.core.errors import ModelError
@@ -128,16 +127,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
         "method": LISA, "precision": precision, "lr": 0.01, "max_steps": 12, "micro_tokens": 32,
         "valid": OTHERS, "eval_every": 4, "save_every": 1, "seed": SEED,
     }  # fmt: skip
-    whole = make_trainer(folder="whole", **settings)
-    whole.run()
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(folder="killed", readers=[kill_at(killed_at)], **settings).run()
-    resumed = make_trainer(folder="killed", **settings)
-    resumed.run()
-    assert [event["step"] for event in logged(tmp_path, "resume", "killed")] == [killed_at - 1]
-    assert same(weights(resumed), weights(whole))
-    assert same(resumed.optimizer.weights(), whole.optimizer.weights())
-    assert same(resumed.optimizer.state(), whole.optimizer.state())
+    killed_and_whole(make_trainer, tmp_path, killed_at, **settings)
     expected = losses(tmp_path, "whole")
     assert losses(tmp_path, "killed") == expected[:killed_at] + expected[killed_at - 1 :]
 

@@ -2,42 +2,18 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from training import LORA, OTHERS, MakeTrainer, killed_and_whole, logged, losses, same, weights
 
 from tunewright.core import events
 from tunewright.core.errors import DivergedError
 from tunewright.train.loop import Trainer
 from tunewright.train.measure import HeldOut
-
-MakeTrainer = Callable[..., Trainer]
-LORA = {"name": "lora", "rank": 4, "dropout": 0.1}
-OTHERS = (("How are you?", "I am well, thank you."), ("Where is it?", "It is on the table."))
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Equal to the last bit, NaN too."""
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[n].float().numpy(), other[n].float().numpy(), equal_nan=True) for n in one
-    )
-
-
-def logged(tmp_path: Path, kind: str, folder: str = "run") -> list[dict[str, Any]]:
-    return [event for event in events.read(tmp_path / folder / "events.jsonl") if event["kind"] == kind]
-
-
-def losses(tmp_path: Path, folder: str = "run") -> list[float]:
-    return [event["loss"] for event in logged(tmp_path, "step", folder)]
-
 
 # Learning
 
@@ -165,16 +141,6 @@ def test_the_gradient_of_a_batch_is_that_of_its_mean_over_supervised_tokens(
 # Resuming
 
 
-def kill_at(step: int) -> Callable[[events.Event], None]:
-    """A reader of events that ends the run at a step."""
-
-    def reader(event: events.Event) -> None:
-        if event["kind"] == "step" and event["step"] == step:
-            raise KeyboardInterrupt
-
-    return reader
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["full", LORA], ids=["full", "lora with dropout"])
 @pytest.mark.parametrize("killed_at", [2, 5, 9])
@@ -185,25 +151,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         "method": method, "precision": precision, "lr": 0.01, "max_steps": 10, "micro_tokens": 32,
         "valid": OTHERS, "eval_every": 3, "save_every": 2,
     }  # fmt: skip
-    whole = make_trainer(folder="whole", **settings)
-    whole_state = whole.run()
-    killed = make_trainer(folder="killed", readers=[kill_at(killed_at)], **settings)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
-    resumed = make_trainer(folder="killed", **settings)
-    resumed_state = resumed.run()
-
-    saved_at = (killed_at - 1) // 2 * 2
-    assert [event["step"] for event in logged(tmp_path, "resume", "killed")] == (
-        [saved_at] if saved_at else []
-    )
-    assert same(weights(resumed), weights(whole))
-    assert same(resumed.optimizer.weights(), whole.optimizer.weights())
-    assert same(resumed.optimizer.state(), whole.optimizer.state())
-    resumed_state.seconds = whole_state.seconds
-    assert resumed_state == whole_state
-    expected = losses(tmp_path, "whole")
-    assert losses(tmp_path, "killed") == expected[:killed_at] + expected[saved_at:]
+    killed_and_whole(make_trainer, tmp_path, killed_at, **settings)
 
 
 def test_a_finished_run_is_not_trained_again(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 
 from tunewright.core import events
@@ -21,7 +23,10 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    """Equal to the last bit, NaN too."""
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[n].float().numpy(), other[n].float().numpy(), equal_nan=True) for n in one
+    )
 
 
 def logged(tmp_path: Path, kind: str, folder: str = "run") -> list[dict[str, Any]]:
@@ -38,3 +43,35 @@ def learned(tmp_path: Path, folder: str = "run") -> ledger.Steps:
 
 def checkpoints(tmp_path: Path, folder: str = "run") -> list[str]:
     return sorted(path.name for path in (tmp_path / folder / "checkpoints").iterdir())
+
+
+def kill_at(step: int) -> Callable[[events.Event], None]:
+    """A reader of events that ends the run at a step."""
+
+    def reader(event: events.Event) -> None:
+        if event["kind"] == "step" and event["step"] == step:
+            raise KeyboardInterrupt
+
+    return reader
+
+
+def killed_and_whole(
+    make_trainer: MakeTrainer, tmp_path: Path, killed_at: int, **settings: Any
+) -> tuple[Trainer, Trainer]:
+    """A run killed at a step and started again, and one that was let alone: both ended with the same bits."""
+    whole = make_trainer(folder="whole", **settings)
+    whole_state = whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(folder="killed", readers=[kill_at(killed_at)], **settings).run()
+    resumed = make_trainer(folder="killed", **settings)
+    resumed_state = resumed.run()
+    saved_at = (killed_at - 1) // settings["save_every"] * settings["save_every"]
+    assert [event["step"] for event in logged(tmp_path, "resume", "killed")] == [saved_at] * (saved_at > 0)
+    assert same(weights(resumed), weights(whole))
+    assert same(resumed.optimizer.weights(), whole.optimizer.weights())
+    assert same(resumed.optimizer.state(), whole.optimizer.state())
+    resumed_state.seconds = whole_state.seconds
+    assert resumed_state == whole_state
+    expected = losses(tmp_path, "whole")
+    assert losses(tmp_path, "killed") == expected[:killed_at] + expected[saved_at:]
+    return resumed, whole

@@ -1,7 +1,7 @@
 """An adapter folder in PEFT's format, told from its files before PEFT reads it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -69,6 +69,20 @@ def header(folder: Path) -> dict[str, dict[str, Any]]:
         files.refuse(folder, what, "save the adapter as safetensors")
     intact.check_place(folder, path)
     return files.safetensors_header(path)
+
+
+def misfits(expected: Mapping[str, Any], there: Mapping[str, Any], own: str = "") -> list[str]:
+    """What is wrong with the names and shapes in a file's header, against the tensors that there should be.
+
+    Names besides those that are expected are only wrong if they hold ``own``.
+    """
+    both = set(expected) & set(there)
+    missing = sorted(set(expected) - set(there))
+    strange = sorted(name for name in set(there) - set(expected) if own in name)
+    misshapen = sorted(name for name in both if list(expected[name].shape) != there[name]["shape"])
+    found = [f"lacks {len(missing)} of {len(expected)} weights: {missing[0]}"] if missing else []
+    found += [f"{len(strange)} weights are for modules that the base lacks: {strange[0]}"] if strange else []
+    return found + ([f"{len(misshapen)} weights have another shape: {misshapen[0]}"] if misshapen else [])
 
 
 def modules(folder: Path, prefix: str) -> list[str]:

@@ -40,14 +40,7 @@ class OwnMethod(Method):
 
     def fits(self, model: Any, header: dict[str, dict[str, Any]]) -> list[str]:
         """What is wrong with the names and shapes in a file, told from its header."""
-        own = self.tensors(model)
-        missing, strange = sorted(set(own) - set(header)), sorted(set(header) - set(own))
-        wrong = sorted(n for n in set(own) & set(header) if list(own[n].shape) != header[n]["shape"])
-        found = [f"lacks {len(missing)} of {len(own)} weights: {missing[0]}"] if missing else []
-        found += (
-            [f"{len(strange)} weights are for modules that the base lacks: {strange[0]}"] if strange else []
-        )
-        return found + ([f"{len(wrong)} weights have another shape: {wrong[0]}"] if wrong else [])
+        return _adapter.misfits(self.tensors(model), header)
 
     def ready(self, base: Any) -> Any:
         """The base with all that saved tensors are put into; :meth:`load` begins with it."""

@@ -150,14 +150,7 @@ def _check_fit(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    there = _adapter.header(folder)
-    missing = sorted(set(expected) - set(there))
     own = "." + _prefix(model.active_peft_config)
-    strange = sorted(name for name in set(there) - set(expected) if own in name)
-    misshapen = sorted(n for n in set(there) & set(expected) if list(expected[n].shape) != there[n]["shape"])
-    found = [f"lacks {len(missing)} of {len(expected)} weights: {missing[0]}"] if missing else []
-    found += [f"{len(strange)} weights are for modules that the base lacks: {strange[0]}"] if strange else []
-    found += [f"{len(misshapen)} weights have another shape: {misshapen[0]}"] if misshapen else []
-    if found:
+    if found := _adapter.misfits(expected, _adapter.header(folder), own):
         where = str(folder / _adapter.WEIGHTS)
         raise ModelError(Problem(where, what, "download it again, and name its own base") for what in found)

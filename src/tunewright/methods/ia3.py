@@ -59,11 +59,10 @@ class Ia3(PeftMethod):
 
 def _ways_out(model: Any) -> list[anatomy.Linear]:
     """The last linear layer of each block's feed-forward; a mixture's fused experts have none."""
-    found = []
-    for name, block in anatomy.blocks(model):
+    names = {module: name for name, module in model.named_modules()}
+    last: set[str] = set()
+    for _, block in anatomy.blocks(model):
         inner = anatomy.feed_forward(block)
-        own = [n for n in anatomy.linears(model) if inner is not None and n.name.startswith(f"{name}.")]
-        inside = {child for child, _ in inner.named_modules()} if inner is not None else set()
-        mine = [n for n in own if n.name.removeprefix(f"{name}.").partition(".")[2] in inside]
-        found += mine[-1:]
-    return found
+        found = anatomy.linears(inner) if inner is not None else []
+        last.update(f"{names[inner]}.{layer.name}" for layer in found[-1:])
+    return [layer for layer in anatomy.linears(model) if layer.name in last]
