@@ -1,10 +1,11 @@
 # Six words: make setup, demo, test, check, faults, bench. Each creates .venv and installs what it needs.
+# For bench there are bench-peers, which installs the systems it compares with, and bench-gpu.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := torch==2.13.0
 export OMP_NUM_THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test check faults bench clean
+.PHONY: setup demo test check faults bench bench-peers bench-gpu clean
 
 setup: .venv/.installed
 
@@ -38,8 +39,23 @@ faults: .venv/.installed-test
 	TUNEWRIGHT_FAULTS=long TUNEWRIGHT_FAULTS_JSON=.venv/faults.jsonl $(BIN)/python -m pytest tests/faults; \
 	status=$$?; $(BIN)/python tests/faults/document.py .venv/faults.jsonl docs && exit $$status
 
+# Goes on where it was stopped; runs/benchmarks has the log. Peers that are not installed are left out, and told.
 bench: .venv/.installed-test
-	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python -m benchmarks.run
+
+bench-peers: .venv-peers/.installed .venv-llamafactory/.installed
+
+# Their versions are whole lists, so that nothing is resolved: LLaMA-Factory asks for builds that it does not use here.
+.venv-%/.installed: benchmarks/environments/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+# Ours and TRL in one environment that has a torch built for the GPU, which `make setup` does not install.
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.run --device gpu --python $(GPU_PYTHON)
 
 clean:
 	rm -rf .venv runs

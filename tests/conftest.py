@@ -116,6 +116,8 @@ def make_trainer(
 ) -> Iterator[Callable[..., Any]]:
     """``make_trainer(lr=1e-2, ...)`` is a Trainer of the tiny model; other keywords are ``train``'s.
 
+    Speed techniques are off: tests of the loop look at logits, which some of them never make.
+
     Trainers of the same ``folder`` share their checkpoints, as a run that is killed and started again does.
     """
     import torch
@@ -137,6 +139,7 @@ def make_trainer(
         precision: str = "fp32",
         folder: str = "run",
         readers: Sequence[Any] = (),
+        fast: Any = False,
         **train: Any,
     ) -> Trainer:
         choice = {"name": method} if isinstance(method, str) else method
@@ -148,6 +151,7 @@ def make_trainer(
         return Trainer(
             model, chosen, Sft(Config(), ChatCodec(tokenizer)), make_mixture(talks),
             make_mixture(valid, "valid") if valid else (), config, precision, logs[-1], tmp_path / folder,
+            switches=fast,
         )  # fmt: skip
 
     yield make

@@ -180,9 +180,17 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"{'processor':<13} {hardware['processor']}, {hardware['cores']} cores")
     lines.append(f"{'memory':<13} {human_bytes(hardware['memory'])}, {human_bytes(available_memory())} free")
     lines.append(f"{'accelerators':<13} {', '.join(hardware['accelerators']) or 'none'}")
+    computing = {**found["training"], "matrix units": ", ".join(found["training"]["matrix units"]) or "none"}
+    kept = "kept for the next step" if computing["keeps freed memory"] else "left to the C library"
+    lines.append(
+        f"{'training':<13} {computing['threads']} threads; freed memory is {kept}; huge pages: {computing['huge pages']}"
+    )
+    lines.append(f"{'matrix units':<13} {computing['matrix units']}")
     return lines
 
 
 def environment() -> dict[str, Any]:
     """What would compute here."""
-    return {"versions": machine.versions(), "hardware": machine.hardware()}
+    from tunewright.fast import process
+
+    return {"versions": machine.versions(), "hardware": machine.hardware(), "training": process.settings()}

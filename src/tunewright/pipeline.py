@@ -194,6 +194,7 @@ class _StageRun:
         trainer = Trainer(
             model, self.job.method, self.job.objective, self.job.data, self.job.valid, stage.train,
             stage.precision, self.log, self.folder, self.preemption, self.job.optimizer,
+            stage.fast,
         )  # fmt: skip
         state = trainer.run(resumed)
         trainer.optimizer.release()  # what fitted beside it before training fits after it
@@ -237,7 +238,7 @@ class _StageRun:
         return {
             "name": stage.name, "model": stage.model, "method": stage.method, "objective": stage.objective,
             "optimizer": stage.optimizer, "precision": stage.precision,
-            "train_config": stage.train.model_dump(mode="json"),
+            "train_config": stage.train.model_dump(mode="json"), "fast": trainer.techniques,
             "parameters": {"total": total, "trainable": trained, "share": trained / total},
             "method_report": self.job.method.report(model),
             "data": {"train": statistics(self.job.data), "valid": statistics(self.job.valid),

@@ -11,9 +11,9 @@ import pytest
 from bounded import Bounded, chosen, within
 
 from tunewright.core.errors import ModelError
+from tunewright.core.paths import cache_folder
 from tunewright.data import template_check
 from tunewright.data.template import ChatCodec, template_names
-from tunewright.data.tokens import cache_folder
 
 
 def judge(tally: Any, told: dict[str, Any], canary: Path, place: str, what: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tunewright.data.template import ChatCodec
+from tunewright.data.tokens import LENGTH, SAMPLE
 from tunewright.objectives.sft import Config, Sft
 from tunewright.recipes import TrainConfig
 from tunewright.train.feed import Feed
@@ -71,6 +72,15 @@ def test_a_batch_is_the_samples_padded(make_feed: MakeFeed) -> None:
     short = len(feed.data[0]["input_ids"])
     assert batch["input_ids"][1, :short].tolist() == feed.data[0]["input_ids"].tolist()
     assert set(batch["labels"][1, short - 1 :].tolist()) == {-100}
+
+
+@pytest.mark.parametrize("indices", [[5, 0], np.array([5, 0])], ids=["list", "array"])
+def test_a_batch_says_which_samples_it_holds_and_how_long_they_are(make_feed: MakeFeed, indices: Any) -> None:
+    feed = make_feed()
+    batch = feed.batch(indices)
+    assert batch[SAMPLE].tolist() == [5, 0]
+    assert batch[LENGTH].tolist() == [len(feed.data[index]["input_ids"]) for index in (5, 0)]
+    assert batch[SAMPLE].dtype == batch[LENGTH].dtype == torch.int64
 
 
 def test_tokens_are_counted_without_padding(make_feed: MakeFeed) -> None:

@@ -222,7 +222,7 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(make_trainer: Mak
 def test_the_best_weights_are_kept(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(early_stop=3, **FORGETS)
     state = trainer.run()
-    assert trainer.held_out_loss() == state.best_loss
+    assert trainer.held_out_loss() == pytest.approx(state.best_loss, rel=1e-5)  # measured the plain way now
     (event,) = logged(tmp_path, "restore")
     assert (event["step"], event["loss"]) == (state.best_step, state.best_loss)
 

@@ -8,8 +8,9 @@ import pytest
 
 from tunewright.core import store
 from tunewright.core.errors import Problem
+from tunewright.core.paths import cache_folder
 from tunewright.data import tokens
-from tunewright.data.tokens import Mixture, TokenTable, cache_folder, take, write
+from tunewright.data.tokens import Mixture, TokenTable, take, write
 
 Sample = dict[str, np.ndarray]
 

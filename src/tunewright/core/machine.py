@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of each period, or max
 _TOLD = ("tunewright", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -19,9 +20,24 @@ def hardware() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"processor": _processor(), "cores": cores, "memory": memory, "accelerators": gpus}
+    return {"processor": _processor(), "cores": cores(), "memory": memory, "accelerators": gpus}
+
+
+def cores() -> int:
+    """Cores that this process may use: fewer than there are if it is bound to some, or its container is limited."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read(_QUOTA).split()
+    if len(quota) == 2 and quota[0].isdecimal():
+        return max(1, min(bound, round(int(quota[0]) / int(quota[1]))))
+    return bound
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def identity() -> dict[str, Any]:
@@ -33,7 +49,6 @@ def identity() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

@@ -106,3 +106,8 @@ def _reason(error: Exception) -> str:
 def _refused(where: str, name: str, fault: str, fix: str) -> UserError:
     shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     return UserError(Problem(where, f"{shown!r} {fault}", fix))
+
+
+def cache_folder() -> Path:
+    """``$TUNEWRIGHT_CACHE``, else ``~/.cache/tunewright``."""
+    return Path(os.environ.get("TUNEWRIGHT_CACHE") or Path.home() / ".cache" / "tunewright")

@@ -11,10 +11,10 @@ import numpy as np
 
 from tunewright.core import lock, store
 from tunewright.core.errors import DataError, Problem, UserError, nearest
-from tunewright.core.paths import given
+from tunewright.core.paths import cache_folder, given
 from tunewright.data import builtin, formats, lint, readers
 from tunewright.data.rows import Row, Source
-from tunewright.data.tokens import Mixture, Sample, TokenTable, cache_folder, write
+from tunewright.data.tokens import Mixture, Sample, TokenTable, write
 from tunewright.recipes import DataConfig
 from tunewright.recipes.schema import DataFile
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from tunewright.core import store
 from tunewright.core.errors import ModelError, Problem
+from tunewright.core.paths import cache_folder
 from tunewright.data import template_probe
-from tunewright.data.tokens import cache_folder
 
 _LONGEST = 1 << 20
 _PATIENCE = 30

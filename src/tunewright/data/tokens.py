@@ -1,6 +1,5 @@
 """Samples on disk: tokenized once per file and setting, read by memory map, so data may exceed memory."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import ceil
@@ -21,15 +20,13 @@ ORIGIN = "origin"
 """The field of a sample that holds the first and the last line it was made from."""
 TASK = "task"
 """The field of a sample that holds the number of its file's task, if that has one."""
+SAMPLE = "sample"
+"""The field of a training batch that holds which sample of the data each row is, int64 [B]."""
+LENGTH = "length"
+"""The field of a table that holds its samples' lengths; of a training batch: those of its rows, int64 [B]."""
 _SHARD_TOKENS = 8_000_000
 _SHARD = "shard-{:05d}.safetensors"
-_LENGTH = "length"
 _ENDS = ".ends"
-
-
-def cache_folder() -> Path:
-    """``$TUNEWRIGHT_CACHE``, else ``~/.cache/tunewright``."""
-    return Path(os.environ.get("TUNEWRIGHT_CACHE") or Path.home() / ".cache" / "tunewright")
 
 
 class _Writer:
@@ -49,7 +46,7 @@ class _Writer:
     def flush(self) -> None:
         if not self.samples:
             return
-        arrays = {_LENGTH: np.array([len(s["input_ids"]) for s in self.samples], np.int32)}
+        arrays = {LENGTH: np.array([len(s["input_ids"]) for s in self.samples], np.int32)}
         for name in self.samples[0]:
             parts = [s[name] for s in self.samples]
             arrays[name] = np.concatenate(parts)
@@ -84,7 +81,7 @@ class TokenTable(Sequence[Sample]):
         self.problems = [Problem(*p) for p in store.read_json(folder / "problems.json")]
         paths = sorted(folder.glob("shard-*.safetensors"))
         self._shards: list[Any] = [safe_open(path, framework="numpy") for path in paths]
-        lengths = [shard.get_tensor(_LENGTH) for shard in self._shards]
+        lengths = [shard.get_tensor(LENGTH) for shard in self._shards]
         self._starts = np.cumsum([0, *map(len, lengths)])
         self.lengths = np.concatenate([np.empty(0, np.int32), *lengths])
         self._ends = [_ends(shard) for shard in self._shards]

@@ -1,1 +1,139 @@
-"""Speed techniques: each can be switched off, each is proven equal to the plain path."""
+"""Speed techniques: one file each, each with a switch of its own, each proven equal to the plain path.
+
+A technique changes how a training computes, never what: same loss and gradients, but for rounding.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunewright.core import plugins
+from tunewright.core.words import Words
+from tunewright.models.announce import announced
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How many tokens, padding included, go through the model at a time."""
+
+    whole: int
+    """Tokens of an optimizer step."""
+    given: int | None
+    """What the recipe says, or this run began with."""
+    tried: Callable[[int], float]
+    """Seconds that the passes of a step take with so many at a time; infinity if memory does not allow it."""
+    take: Callable[[int], None]
+    """From now on so many."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training, as far as techniques look at it."""
+
+    model: Any
+    steps: int
+    """Optimizer steps of the whole run, those before a kill included: a run that goes on must decide as it did then."""
+    tokens: int
+    """Tokens that those steps see, padding included."""
+    epochs: float
+    """Passes over the data in them."""
+    batches: Callable[[], Iterator[Batch]]
+    """All samples once, in an order that never changes: batches as the loop makes them, on the device."""
+    folder: Path
+    """Where what does not fit in memory can lie; it is cleared when training ends."""
+    portion: Portion
+    autocast: bool = False
+    """Whether it computes in other numbers than its weights are held in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+
+class Technique(ABC):
+    """The contract. A file in this folder holds one; its name is its switch in a recipe's ``fast``."""
+
+    idea: Words
+    """What it does, in a sentence."""
+    last: bool = False
+    """Whether it measures, and so comes after all others."""
+
+    @abstractmethod
+    def why_not(self, work: Work) -> str:
+        """Why it can do nothing here; empty if it can."""
+
+    def not_worth(self, work: Work) -> str:
+        """Why it would cost more than it gives; a recipe that asks for it by name is not told so. Empty if it pays."""
+        return ""
+
+    @abstractmethod
+    def on(self, work: Work) -> AbstractContextManager[object]:
+        """While it is entered, the model computes this way; afterwards the plain way again."""
+
+
+Switches = bool | Mapping[str, bool]
+"""All that pay, or none; or some of them by name, and of the others those that pay."""
+
+
+def names() -> list[str]:
+    """The names of all techniques, in the order in which they are begun."""
+    return sorted(plugins.names("fast"), key=lambda name: (technique(name).last, name))
+
+
+def technique(name: str) -> Technique:
+    """The one of that name."""
+    kind = plugins.implementation(plugins.load("fast", name), Technique)  # type: ignore[type-abstract]
+    return kind()
+
+
+def reasons(switches: Switches, work: Work) -> dict[str, str]:
+    """For every technique why it is off, and nothing for one that is on.
+
+    A technique that is asked for by name is on wherever it can do anything at all.
+    """
+    return {name: _reason(name, switches, work) for name in names()}
+
+
+def _reason(name: str, switches: Switches, work: Work) -> str:
+    chosen = None if switches is True else switches and switches.get(name)
+    if chosen is False:
+        return "switched off"
+    found = technique(name)
+    return found.why_not(work) or ("" if chosen else found.not_worth(work))
+
+
+@contextmanager
+def using(switches: Switches, work: Work, told: Callable[[dict[str, str]], object]) -> Iterator[None]:
+    """Train with the techniques that are on; ``told`` hears of all of them, as :func:`reasons` has them."""
+    found = reasons(switches, work)
+    told(found)
+    with ExitStack() as stack:
+        for name, reason in found.items():
+            if not reason:
+                stack.enter_context(technique(name).on(work))
+        yield
+
+
+def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int = 1) -> None:
+    """Let the first rows go through the model, or through ``compute``, for a technique that watches or compares.
+
+    Nothing is learned or random in it.
+    """
+    batch = {name: tensor[:rows] for name, tensor in next(work.batches()).items()}
+    training = work.model.training
+    work.model.eval()
+    try:
+        with torch.no_grad(), announced(work.model, batch):
+            compute(batch) if compute else work.model(input_ids=batch["input_ids"], use_cache=False)
+    finally:
+        work.model.train(training)

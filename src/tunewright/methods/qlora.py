@@ -9,9 +9,8 @@ from torch import Tensor
 
 from tunewright.core import store
 from tunewright.core.errors import ModelError, Problem, RecipeError, UserError
-from tunewright.core.paths import folder_to_make
+from tunewright.core.paths import cache_folder, folder_to_make
 from tunewright.core.words import Words
-from tunewright.data.tokens import cache_folder
 from tunewright.methods import Facts, _adapter, lora
 from tunewright.methods._loftq import loftq
 from tunewright.models import files, intact, quantized

@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from tunewright.models.likelihood import IGNORED, token_losses
 from tunewright.objectives import Batch, Objective, Sample
-
-IGNORED = -100
 
 
 def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
@@ -39,11 +37,5 @@ class Causal(Objective):
         return float((batch["labels"] != IGNORED).sum())
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Mean cross-entropy in nats per supervised token.
-
-        No attention mask is given: with right padding under causal attention no real token sees a padded one.
-        """
-        logits_BTV = model(input_ids=batch["input_ids"], use_cache=False).logits
-        labels_BT = batch["labels"]
-        kept = labels_BT != IGNORED
-        return F.cross_entropy(logits_BTV[kept].float(), labels_BT[kept]), {}
+        """Mean cross-entropy in nats per supervised token."""
+        return token_losses(model, batch).mean(), {}

@@ -151,6 +151,12 @@ def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
         config = _plugin(room, choice, f"{where}.{key}" if where else key, found)
         if config is not None:
             update[key] = {"name": choice["name"], **config.model_dump(mode="json")}
+    if isinstance(tree.get("fast"), dict):
+        known, at = plugins.names("fast"), f"{where}.fast" if where else "fast"
+        strange = [str(name) for name in tree["fast"] if name not in known]
+        found += [
+            Problem(f"{at}.{name}", "there is no such technique", nearest(name, known)) for name in strange
+        ]
     if stage is None:
         return None
     return stage.model_copy(update={"name": stage.name or stage.objective["name"], **update})

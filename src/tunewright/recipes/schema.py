@@ -80,8 +80,6 @@ class TrainConfig(Config):
     """Largest global gradient norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """Compile the decoder block: faster steps after some seconds of compiling; needs a C++ compiler."""
     eval_every: int = Field(0, ge=0)
     """Steps between held-out losses; 0 is only at the end."""
     early_stop: int = Field(0, ge=0)
@@ -154,6 +152,8 @@ class Stage(Config):
     """How weights move along their gradients; ``name`` and that optimizer's own options."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """bf16 holds weights in bf16 with fp32 masters of what is trained; fp16 needs a GPU."""
+    fast: bool | dict[str, bool] = True
+    """Speed techniques: all on or off, or some of them by name; ``tunewright list fast`` tells them."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
     train: TrainConfig = TrainConfig()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tunewright.data.batching import BatchPlan, cut, padding_share
-from tunewright.data.tokens import Mixture, take
+from tunewright.data.tokens import LENGTH, SAMPLE, Mixture, take
 from tunewright.objectives import Batch, Objective
 from tunewright.recipes import TrainConfig
 
@@ -24,6 +24,11 @@ class Feed:
         self._plan = BatchPlan(data.epoch, data.lengths, config.tokens_per_batch, config.seed)
         self.steps = config.max_steps or self._plan.steps(config.epochs)
 
+    @property
+    def epochs(self) -> float:
+        """Passes over the data in all steps."""
+        return self.steps / len(self._plan.batches(0))
+
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """The sample indices of each step, from ``step`` (0-based) on, without end."""
         return self._plan.start_at(step)
@@ -33,8 +38,15 @@ class Feed:
         return cut(indices, self.data.lengths, budget)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Samples as one padded batch."""
-        return self.objective.batch(list(take(self.data, indices)), self.device)
+        """Samples as one padded batch. Which they are, and their lengths, stay on the CPU, where they are looked up."""
+        which_B = np.array(indices, np.int64)
+        lengths_B = self.data.lengths[which_B].astype(np.int64)
+        batch = self.objective.batch(list(take(self.data, which_B)), self.device)
+        return {SAMPLE: torch.from_numpy(which_B), LENGTH: torch.from_numpy(lengths_B), **batch}
+
+    def in_order(self, budget: int) -> list[np.ndarray]:
+        """All samples once, by length, in parts of at most ``budget`` padded tokens: the same whenever it is asked."""
+        return cut(np.argsort(self.data.lengths, kind="stable"), self.data.lengths, budget)
 
     def tokens(self, indices: np.ndarray) -> int:
         """Tokens in these samples, padding not counted."""

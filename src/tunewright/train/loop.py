@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunewright import fast
 from tunewright.core.errors import DivergedError, HardwareError, Problem
 from tunewright.core.events import EventLog
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.tokens import Mixture, Sample
-from tunewright.fast import regional_compile
 from tunewright.methods import Clock, Method, Setting
 from tunewright.objectives import Batch, Objective
 from tunewright.optimizers import Optimizer
@@ -27,6 +28,9 @@ from tunewright.train.optimizer import Masters
 from tunewright.train.passes import Accumulator, Pass
 from tunewright.train.schedule import rate
 from tunewright.train.state import TrainState
+
+_ON_CPU = 2048
+"""Tokens in one forward pass where nobody said or measured how many: enough to fill a processor's matrix units."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Trainer:
     preemption: guard.Preemption = field(default_factory=guard.Preemption)
     algorithm: Optimizer | None = None
     """How the masters are stepped; AdamW if not given."""
+    switches: fast.Switches = True
+    """Speed techniques."""
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.data, self.objective, self.config, self.device)
@@ -66,6 +72,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep, keep_best)
         self.ledger = ledger.Ledger(self.folder / "samples.jsonl")
         self._saved = 0
+        self.techniques: list[str] = []
         self.held_out = HeldOut(self.objective, self.valid, self.config.tokens_per_batch)
 
     @property
@@ -96,18 +103,60 @@ class Trainer:
             HardwareError: not even one sample fits in memory.
             InterruptedRunError: a signal came; the checkpoint of the last step is saved.
         """
-        torch.set_flush_denormal(True)
-        try:
-            with self.preemption.patient():
-                self._resume()
-                resumed()
-                self._prepare()
+        with self.preemption.patient():
+            self._resume()
+            resumed()
+            self._prepare()
+            with fast.using(not self._finished() and self.switches, self._work(), self._tell_techniques):
+                self._rehearse()
+                share = {"padding_share": self.padding_share()}
+                self.log.emit(
+                    "train", steps=self.steps, step=self.state.step, samples=len(self.data), **share
+                )
                 self._train()
-            self._restore_best()
-            self.method.finish(self.model)
-        finally:
-            torch.set_flush_denormal(False)
+        self._restore_best()
+        self.method.finish(self.model)
         return self.state
+
+    def _work(self) -> fast.Work:
+        tokens = self.steps * self.config.tokens_per_batch
+        given = self.state.micro_tokens or self.config.micro_tokens
+        portion = fast.Portion(self.config.tokens_per_batch, given, self._tried, self._take)
+        return fast.Work(
+            self.model,
+            self.steps,
+            tokens,
+            self.feed.epochs,
+            self._in_order,
+            self.folder / "fast",
+            portion,
+            self.precision == "fp16",
+        )
+
+    def _tried(self, budget: int) -> float:
+        """Seconds that the first step's passes take in parts of so many tokens."""
+        parts = self.feed.micro_batches(next(self.feed.from_step(0)), budget)
+        began = time.perf_counter()
+        try:
+            with self._unlearned():
+                self.passes.over(parts, self.clock)
+        except (RuntimeError, MemoryError) as error:
+            if not guard.is_out_of_memory(error):
+                raise
+            return math.inf
+        return time.perf_counter() - began
+
+    def _take(self, budget: int) -> None:
+        self.state.micro_tokens = budget
+
+    def _in_order(self) -> Iterator[Batch]:
+        """Every sample once, the shortest first."""
+        return map(self.feed.batch, self.feed.in_order(self._budget))
+
+    def _tell_techniques(self, reasons: dict[str, str]) -> None:
+        on = [name for name, reason in reasons.items() if not reason]
+        self.techniques = on
+        self.log.emit("fast", on=on, off={name: reason for name, reason in reasons.items() if reason})
 
     def _train(self) -> None:
         began, before = time.monotonic(), self.state.seconds
@@ -164,11 +213,6 @@ class Trainer:
                 activation_checkpointing_kwargs={"use_reentrant": False}
             )
             self.model.enable_input_require_grads()
-        if self.config.compile:
-            regional_compile.apply(self.model)
-        self._rehearse()
-        share = {"padding_share": self.padding_share()}
-        self.log.emit("train", steps=self.steps, step=self.state.step, samples=len(self.data), **share)
 
     def _rehearse(self) -> None:
         """Do once, before the first step, what will need most memory: learn from the widest micro-batch, measure
@@ -176,12 +220,20 @@ class Trainer:
         """
         if self._finished():
             return
-        declared = {name: tensor.clone() for name, tensor in self.objective.state().items()}
-        self._fitted(lambda budget: self.passes.over([self.feed.widest(budget)], self.clock))
-        self.optimizer.drop()
-        self.objective.set_state(declared)
+        with self._unlearned():
+            self._fitted(lambda budget: self.passes.over([self.feed.widest(budget)], self.clock))
         if self.config.eval_every and len(self.held_out):
             self.held_out.rehearse(self.model, self._tell_smaller)
+
+    @contextmanager
+    def _unlearned(self) -> Iterator[None]:
+        """Passes within leave no trace."""
+        declared = {name: tensor.clone() for name, tensor in self.objective.state().items()}
+        try:
+            yield
+        finally:
+            self.optimizer.drop()
+            self.objective.set_state(declared)
 
     def padding_share(self) -> float:
         """Padded positions of the first epoch as a share of all."""
@@ -190,7 +242,8 @@ class Trainer:
     @property
     def _budget(self) -> int:
         """Tokens in one forward pass."""
-        return self.state.micro_tokens or self.config.micro_tokens or self.config.tokens_per_batch
+        most = _ON_CPU if self.device.type == "cpu" else self.config.tokens_per_batch
+        return self.state.micro_tokens or self.config.micro_tokens or min(most, self.config.tokens_per_batch)
 
     def _finished(self) -> bool:
         patience = self.config.early_stop

@@ -77,7 +77,9 @@ class Masters:
         """
         for name, master in self.masters.items():
             gradient = self.parameters[name].grad
-            master.grad = None if gradient is None else gradient.float() / scale
+            master.grad = None if gradient is None else gradient.to(torch.float32, copy=True)
+            if master.grad is not None and scale != 1.0:
+                master.grad.div_(scale)
         return float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip))
 
     def bad_gradients(self) -> list[str]:

@@ -1,0 +1,1 @@
+"""Speed benchmarks: workloads as data, peers in environments of their own, one runner, one generated page."""

@@ -1,0 +1,127 @@
+"""Causal attention on a CPU with a backward pass of plain matrix products.
+
+PyTorch's own CPU kernel is fast forwards; backwards it works on tiles so small that bf16 matrix units idle: for 10
+sequences of 200 tokens, 9 heads of 64, it takes four times as long as forming the scores anew, whole, by batched
+matrix products. Long sequences are worked on in bands of queries, so that memory grows with length and not with its
+square. The softmax's gradient is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunewright.core.words import Words
+from tunewright.fast import Technique, Work, _causal
+from tunewright.fast import _packed_attention as packed
+
+_NAME = "tunewright_causal"
+_PLAIN = "sdpa"
+
+
+class Attention(Technique):
+    """Another implementation of the same sums, by transformers' own switch for implementations."""
+
+    idea = Words(
+        "The backward pass of attention is made of large matrix products.",
+        "注意力的反向传播改用大矩阵乘法完成。",
+    )
+
+    def why_not(self, work: Work) -> str:
+        """It is for CPUs, and for models whose attention can be exchanged."""
+        if work.device.type != "cpu" or work.autocast:
+            return "the device's own kernels are faster"
+        found = getattr(base_model(work.model).config, "_attn_implementation", None)
+        return "" if found == _PLAIN else f"the model's attention is {found}"
+
+    @contextmanager
+    def on(self, work: Work) -> Iterator[None]:
+        """The model's attention is ours, and its own again afterwards."""
+        register()
+        own = base_model(work.model)
+        own.set_attn_implementation(_NAME)
+        try:
+            yield
+        finally:
+            own.set_attn_implementation(_PLAIN)
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def register() -> None:
+    """Make it known to transformers under its name."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_PLAIN])
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D].
+
+    Samples that follow one another in one row have their ends in ``cu_seq_lens_q``. What is not plain causal attention
+    in training goes to the plain implementation; its mask keeps such samples apart, too.
+    """
+    more = dropout or any(others.get(name) is not None for name in ("position_bias", "softcap"))
+    if others.get("cu_seq_lens_q") is not None and not more:
+        return packed.attention(query, key, value, others["cu_seq_lens_q"], scaling), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
+    learning = torch.is_grad_enabled() and query.requires_grad
+    if attention_mask is None and causal and alike and learning and not more:
+        out_BHTD, _ = _attend(query, key, value, scaling or query.shape[3] ** -0.5)
+        return out_BHTD.transpose(1, 2), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    plain: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
+    )
+    return plain
+
+
+@torch.library.custom_op("tunewright::causal_attention", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _causal.forward(query, key, value, scale)
+
+
+_attend.register_fake(_causal.forward)
+
+
+@torch.library.custom_op("tunewright::causal_attention_backward", mutates_args=())
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _causal.backward(query, key, value, grad, scale)
+
+
+@_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))  # type: ignore[return-value]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_backward(*ctx.saved_tensors, grad, ctx.scale), None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,86 @@
+"""Compile the decoder block once and use it for every layer ("regional" compilation of torch.compile).
+
+Costs seconds at the first step, fewer where an earlier run's work is found, and needs a C++ compiler on a CPU; pays
+back on runs of many steps.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tunewright.core.paths import cache_folder
+from tunewright.core.words import Words
+from tunewright.fast import Technique, Work
+from tunewright.models import anatomy
+
+_COST = 8.0
+"""Seconds that compiling takes: 15 the first time, 3 where what was compiled before is found."""
+_SAVED = 0.25
+"""Of a training's time. Whether it pays is told by the recipe alone: a run that is started again, here or after other
+runs, computes the same bits.
+"""
+_RATE = {"cpu": 1e12, "cuda": 1e14}
+"""Floating-point operations a second that a training is taken to reach, to tell how long it will be."""
+
+_RECOMPUTED: dict[str, Any] = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": True,
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_reductions": True,
+}
+
+
+class Compile(Technique):
+    """Blocks are compiled for training only; measuring and answering go the plain way."""
+
+    idea = Words(
+        "The decoder block is compiled once, for all layers and lengths; kept for later runs.",
+        "解码层只编译一次，供所有层和各种长度使用，并留给以后的运行。",
+    )
+
+    def why_not(self, work: Work) -> str:
+        """Blocks are needed, and a compiler."""
+        if not anatomy.blocks(work.model):
+            return "the model has no decoder blocks"
+        if work.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            return "there is no C++ compiler"
+        return ""
+
+    def not_worth(self, work: Work) -> str:
+        """A short training does not pay back."""
+        parameters = sum(p.numel() for p in work.model.parameters())
+        seconds = 4 * parameters * work.tokens / _RATE[work.device.type]
+        if seconds * _SAVED < _COST:
+            return f"about {seconds:.0f} seconds of training do not pay for compiling"
+        return ""
+
+    @contextmanager
+    def on(self, work: Work) -> Iterator[None]:
+        """Every block computes by its compiled form while gradients are wanted."""
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+        found = [block for _, block in anatomy.blocks(work.model)]
+        for block in found:
+            block._compiled_call_impl = _compiled(block)
+        try:
+            yield
+        finally:
+            for block in found:
+                block._compiled_call_impl = None
+
+
+def _compiled(block: Any) -> Callable[..., Any]:
+    plain = block._call_impl
+    compiled: Callable[..., Any] = torch.compile(plain, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        learning = block.training and torch.is_grad_enabled()
+        if not learning:
+            return plain(*args, **kwargs)
+        with torch._functorch.config.patch(**_RECOMPUTED):
+            return compiled(*args, **kwargs)
+
+    return call

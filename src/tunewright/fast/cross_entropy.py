@@ -1,0 +1,227 @@
+"""Logits only where a label is, some rows at a time, with the gradient formed in the same pass.
+
+The logits of a batch are its largest tensor: 2,048 tokens by 49,152 words are 400 MB in fp32, and the plain path holds
+several of them. Here none outlives its part of the rows. As in Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009)
+and Liger (Hsu et al. 2024, arXiv:2410.10989).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from tunewright.core.words import Words
+from tunewright.fast import Batch, Technique, Work, look
+from tunewright.models import anatomy, likelihood
+
+_LOGITS_BYTES = 64 << 20
+"""Of one part of the rows; a matrix product of fewer rows is slower."""
+_MOST_ROWS = 512
+_GRADIENT_ROWS = 256
+_SOFTMAX_ROWS = 64
+"""Worked on in fp32 at a time: 64 rows of 49,152 words stay in a CPU's cache."""
+
+
+class CrossEntropy(Technique):
+    """Replaces the way from hidden states to losses; the model itself is left as it is."""
+
+    idea = Words(
+        "Logits are made only where a label is, some rows at a time, with their gradient in the same pass.",
+        "只在有标签的位置计算 logits，分块进行，并在同一遍中得到梯度。",
+    )
+
+    def why_not(self, work: Work) -> str:
+        """An output layer is needed, and that nothing comes after it."""
+        if anatomy.output_head(work.model) is None:
+            return "the model has no output layer"
+        return "" if _agrees(work) else "the model changes its logits after the output layer"
+
+    @contextmanager
+    def on(self, work: Work) -> Iterator[None]:
+        """:func:`likelihood.token_losses` goes this way."""
+        with likelihood.computed_by(work.model, lambda before: losses):
+            yield
+
+
+def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """As :func:`likelihood.plain`."""
+    labels_BT = batch["labels"]
+    kept = labels_BT != likelihood.IGNORED
+    head = anatomy.output_head(model)
+    assert head is not None, "why_not has seen to that"  # noqa: S101 our own bug
+    states_BTD = _hidden_states(model, head, batch)
+    states_ND = states_BTD[:, -labels_BT.shape[1] :][kept]
+    if type(head) is nn.Linear and not torch.is_autocast_enabled(states_ND.device.type):
+        return _linear(states_ND, head.weight, head.bias, labels_BT[kept])
+    return F.cross_entropy(head(states_ND).float(), labels_BT[kept], reduction="none")
+
+
+def _linear(states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+    """Losses [N]; a function's forward pass is not told that no gradient is wanted at all."""
+    if not torch.is_grad_enabled():
+        return _Sums(states_ND, weight_VD, bias_V, (False, False, False)).over(labels_N)
+    found: Tensor = _LinearCrossEntropy.apply(states_ND, weight_VD, bias_V, labels_N)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _agrees(work: Work) -> bool:
+    """Whether the first row's losses are those of the plain way, and logits are left as they are however large.
+
+    They are not if a model does something to its logits after its output layer, such as to cap them.
+    """
+    agree = []
+
+    def compare(batch: Batch) -> None:
+        own, expected = losses(work.model, batch), likelihood.plain(work.model, batch)
+        close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
+        same = torch.allclose(own, expected, rtol=close, atol=close)
+        agree.append(same and _comes_last(work.model, batch))
+
+    look(work, compare)
+    return agree[0]
+
+
+def _comes_last(model: Any, batch: Batch) -> bool:
+    """Whether the model gives what its output layer gives; what it does to small logits may not show."""
+    given_11V = torch.tensor([[[-1000.0, -0.5, 0.0, 0.5, 1000.0]]], device=batch["labels"].device)
+    head = anatomy.output_head(model)
+    found = _computed(model, head, lambda states_BTD: given_11V.to(states_BTD.dtype), batch)
+    return torch.equal(found.logits.float(), given_11V)
+
+
+def _hidden_states(model: Any, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the output layer would be given [B, T, D]; it computes nothing."""
+    seen: list[Tensor] = []
+
+    def take(states_BTD: Tensor) -> Tensor:
+        seen.append(states_BTD)
+        return states_BTD.new_zeros(1, 1, 1)
+
+    _computed(model, head, take, batch)
+    return seen[0]
+
+
+def _computed(model: Any, head: Any, forward: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Any:
+    """The model's own output, with ``forward`` in place of its output layer's."""
+    own = vars(head).get("forward")
+    head.forward = forward
+    try:
+        return model(**likelihood.given(batch), use_cache=False)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Losses [N] of hidden states [N, D], an output layer [V, D] with or without bias [V], and labels [N].
+
+    Gradients are made for losses that count one each; what they do count is known in the backward pass, and a row's
+    gradient is linear in it. That of the weights needs it to be the same for all rows, or is made anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        sums = _Sums(states_ND, weight_VD, bias_V, wanted)
+        losses_N = sums.over(labels_N)
+        ctx.save_for_backward(
+            sums.states_ND, sums.weight_VD, sums.bias_V, states_ND, weight_VD, bias_V, labels_N
+        )
+        return losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_N = grads[0]
+        if grad_N is None:
+            return None, None, None, None
+        for_states, for_weight, for_bias, states_ND, weight_VD, bias_V, labels_N = ctx.saved_tensors
+        if for_states is not None:
+            for_states = for_states * grad_N[:, None].to(for_states.dtype)
+        if for_weight is not None or for_bias is not None:
+            even = bool((grad_N == grad_N[0]).all()) if len(grad_N) else True
+            if not even:
+                sums = _Sums(states_ND, weight_VD, bias_V, (False, *ctx.needs_input_grad[1:3]))
+                sums.over(labels_N, grad_N)
+                for_weight, for_bias, scale = sums.weight_VD, sums.bias_V, None
+            else:
+                scale = grad_N[0] if len(grad_N) else None
+            for_weight, for_bias = (_scaled(g, scale, weight_VD.dtype) for g in (for_weight, for_bias))
+        return for_states, for_weight, for_bias, None
+
+
+def _scaled(grad: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if grad is None:
+        return None
+    return (grad if scale is None else grad.mul_(scale)).to(dtype)
+
+
+class _Sums:
+    """What one pass over the rows adds up: gradients of the losses' sum, where they are wanted."""
+
+    def __init__(
+        self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: tuple[bool, ...]
+    ) -> None:
+        self._of = states_ND, weight_VD, bias_V
+        self.states_ND = torch.empty_like(states_ND) if wanted[0] else None
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        self.bias_V = (
+            torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wanted[2] else None
+        )
+        self._needed = any(wanted[:3])
+
+    def over(self, labels_N: Tensor, counts_N: Tensor | None = None) -> Tensor:
+        """Losses [N], fp32; ``counts_N`` is how much each one's gradient counts, one if not given."""
+        states_ND, weight_VD, bias_V = self._of
+        found = torch.empty(len(labels_N), dtype=torch.float32, device=labels_N.device)
+        rows = max(
+            _SOFTMAX_ROWS, min(_MOST_ROWS, _LOGITS_BYTES // (len(weight_VD) * weight_VD.element_size()))
+        )
+        for first in range(0, len(labels_N), rows):
+            part = slice(first, first + rows)
+            logits_CV = F.linear(states_ND[part], weight_VD, bias_V)
+            found[part] = _to_gradients(logits_CV, labels_N[part], self._needed)
+            if counts_N is not None:
+                logits_CV *= counts_N[part, None].to(logits_CV.dtype)
+            if self._needed:
+                self._add(logits_CV, part)
+        return found
+
+    def _add(self, grads_CV: Tensor, part: slice) -> None:
+        states_ND, weight_VD, _ = self._of
+        if self.states_ND is not None:
+            for grads, out in _pieces(_GRADIENT_ROWS, grads_CV, self.states_ND[part]):
+                torch.mm(grads, weight_VD, out=out)
+        if self.weight_VD is not None:
+            self.weight_VD += grads_CV.t() @ states_ND[part]
+        if self.bias_V is not None:
+            self.bias_V += grads_CV.sum(0, dtype=torch.float32)
+
+
+def _to_gradients(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
+    """Losses [C]; the logits are overwritten by the losses' gradient if that is needed."""
+    found = []
+    for logits, labels in _pieces(_SOFTMAX_ROWS, logits_CV, labels_C):
+        exact = logits.float()  # the same tensor if it is fp32
+        largest, own = exact.amax(1), exact.gather(1, labels[:, None])[:, 0]
+        torch.softmax(exact, 1, out=exact)
+        # The largest probability is at least 1/V: its logarithm is finite, as that of a label's own may not be.
+        found.append(largest - exact.amax(1).log() - own)
+        if needed:
+            own_C1 = labels[:, None]
+            exact.scatter_add_(1, own_C1, exact.new_full(own_C1.shape, -1.0))
+            logits.copy_(exact)
+    return torch.cat(found) if found else logits_CV.new_empty(0, dtype=torch.float32)
+
+
+def _pieces(rows: int, one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in parts of at most so many rows."""
+    return zip(torch.split(one, rows), torch.split(other, rows), strict=True)

@@ -1,0 +1,236 @@
+"""LoRA layers that read the same input as one matrix product, with a backward pass of their own.
+
+A LoRA layer has seven small products beside its large ones, and each reads or writes a whole activation again. Here the
+layers of a block that are given the same tensor (query, key and value; gate and up) are one: y = [x | xA] · [W | sB],
+where W, the frozen weights of all of them, and B lie in one matrix. The gradient of W is never formed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunewright.core.words import Words
+from tunewright.fast import Technique, Work, look
+from tunewright.fast.attention import base_model
+
+_MINE = "tunewright_group"
+
+
+class LoraLinear(Technique):
+    """Replaces the forward of PEFT's LoRA layers; weights and adapters stay PEFT's own."""
+
+    idea = Words(
+        "LoRA layers with the same input are one matrix product each way.",
+        "输入相同的 LoRA 层合成一次矩阵乘法。",
+    )
+
+    def why_not(self, work: Work) -> str:
+        """Plain LoRA on linear layers without dropout is needed."""
+        if work.autocast:
+            return "numbers are cast in each layer"
+        return "" if _layers(work.model) else "no plain LoRA layers without dropout"
+
+    @contextmanager
+    def on(self, work: Work) -> Iterator[None]:
+        """The layers' frozen weights lie in their group's matrix meanwhile."""
+        groups = [_Group(layers) for layers in _together(work)]
+        hook = base_model(work.model).register_forward_pre_hook(lambda *_: _refresh(groups))
+        try:
+            yield
+        finally:
+            hook.remove()
+            for group in groups:
+                group.dissolve()
+
+
+def _layers(model: Any) -> list[Any]:
+    from peft.tuners.lora.layer import Linear
+
+    return [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
+
+
+def _is_plain(layer: Any) -> bool:
+    """One LoRA adapter on a frozen linear layer, nothing else done to it, all of one kind of number."""
+    active, base = layer.active_adapters, layer.base_layer
+    if len(active) != 1 or active[0] not in layer.lora_A or type(base) is not nn.Linear:
+        return False
+    if layer.merged or layer.disable_adapters:
+        return False
+    name = active[0]
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    tensors = [base.weight, down.weight, up.weight]
+    return (
+        not base.weight.requires_grad
+        and not layer.lora_variant.get(name)
+        and not (layer.training and getattr(layer.lora_dropout[name], "p", 0.0))
+        and up.bias is None
+        and all(t.dtype == base.weight.dtype and t.device == base.weight.device for t in tensors)
+    )
+
+
+def _together(work: Work) -> list[list[Any]]:
+    """The layers in groups of one input, found by watching one row go through the model."""
+    layers, seen = _layers(work.model), list[tuple[Tensor, list[Any]]]()
+
+    def watch(layer: Any, args: tuple[Tensor, ...]) -> None:
+        if not seen or seen[-1][0] is not args[0]:
+            seen.append((args[0], []))
+        seen[-1][1].append(layer)
+
+    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
+    try:
+        look(work)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [layer for _, group in seen for layer in group]
+    once = len(called) == len(set(called))
+    return [group for _, group in seen] if once else []
+
+
+def _refresh(groups: list["_Group"]) -> None:
+    """The adapters may have moved, or been switched off, since the last forward pass."""
+    with torch.no_grad():
+        for group in groups:
+            group.refresh()
+
+
+class _Group:
+    """Layers of one input; the first one called computes for all."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.names = names = [layer.active_adapters[0] for layer in layers]
+        self.apart = False
+        self.downs = [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)]
+        self.ups = [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)]
+        self.scales = [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)]
+        self.biases = [layer.base_layer.bias for layer in layers]
+        self.sizes = [len(up) for up in self.ups]
+        self.inputs = self.downs[0].shape[1]
+        self.given: Tensor | None = None
+        self.made: list[Tensor] = []
+        self._join()
+        for place, layer in enumerate(layers):
+            layer.forward = self._member(place)
+
+    def _join(self) -> None:
+        """All frozen weights side by side in one matrix [N, inputs + R]; the layers' own are views of it."""
+        rank = sum(len(down) for down in self.downs)
+        first = self.layers[0].base_layer.weight
+        self.joint_NK = torch.zeros(
+            sum(self.sizes), self.inputs + rank, dtype=first.dtype, device=first.device
+        )
+        row, column = 0, self.inputs
+        self._slots: list[Tensor] = []
+        for layer, up in zip(self.layers, self.ups, strict=True):
+            own = self.joint_NK[row : row + len(up)]
+            own[:, : self.inputs] = layer.base_layer.weight.data
+            layer.base_layer.weight.data = own[:, : self.inputs]
+            self._slots.append(own[:, column : column + up.shape[1]])
+            row, column = row + len(up), column + up.shape[1]
+
+    def refresh(self) -> None:
+        """Put B, times its scale, beside W; what did not change may be needed by a backward pass as it is."""
+        self.apart = not all(map(_is_plain, self.layers)) or self.names != [
+            layer.active_adapters[0] for layer in self.layers
+        ]
+        for slot, up, scale in zip(self._slots, self.ups, self.scales, strict=True):
+            scaled = up * scale
+            if not torch.equal(slot, scaled):
+                slot.copy_(scaled)
+
+    def _member(self, place: int) -> Any:
+        plain = self.layers[place].forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.apart:
+                return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+            if self.given is not x:
+                self.given, self.made = x, self._compute(x)
+            own = self.made[place]
+            if place == len(self.layers) - 1:
+                self.given, self.made = None, []
+            return own
+
+        return forward
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        x_MI = x.reshape(-1, self.inputs)
+        y_MN = _lora(x_MI, self.joint_NK, torch.cat(self.downs), self.ups, self.scales)[0]
+        parts = y_MN.view(*x.shape[:-1], -1).split(self.sizes, -1)
+        return [y if bias is None else y + bias for y, bias in zip(parts, self.biases, strict=True)]
+
+    def dissolve(self) -> None:
+        """Every layer has its own weights and forward again."""
+        for layer in self.layers:
+            del layer.forward
+            own = layer.base_layer.weight.data
+            layer.base_layer.weight.data = own.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("tunewright::lora", mutates_args=())
+def _lora(
+    x_MI: Tensor, joint_NK: Tensor, down_RI: Tensor, ups: list[Tensor], scales: list[float]
+) -> list[Tensor]:
+    """Y [M, N] and xA [M, R]."""
+    inputs = x_MI.shape[1]
+    if inputs >= len(joint_NK):  # a pass over y costs less than one over x
+        inner_MR = x_MI @ down_RI.t()
+        y_MN = x_MI @ joint_NK[:, :inputs].t()
+        return [y_MN.addmm_(inner_MR, joint_NK[:, inputs:].t()), inner_MR]
+    both_MK = x_MI.new_empty(len(x_MI), joint_NK.shape[1])
+    both_MK[:, :inputs] = x_MI
+    inner_MR = x_MI @ down_RI.t()
+    both_MK[:, inputs:] = inner_MR
+    return [both_MK @ joint_NK.t(), inner_MR]
+
+
+@_lora.register_fake
+def _(x: Tensor, joint: Tensor, down: Tensor, ups: list[Tensor], scales: list[float]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], joint.shape[0]), x.new_empty(x.shape[0], down.shape[0])]
+
+
+@torch.library.custom_op("tunewright::lora_backward", mutates_args=())
+def _backward(
+    grad_MN: Tensor, x_MI: Tensor, inner_MR: Tensor, joint_NK: Tensor, down_RI: Tensor, sizes: list[int],
+    ranks: list[int], scales: list[float], for_input: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x (an empty tensor if it needs none), of all A as one matrix, and of every B."""
+    inputs = x_MI.shape[1]
+    for_inner_MR = grad_MN @ joint_NK[:, inputs:]
+    for_x_MI = x_MI.new_empty(0)
+    if for_input:
+        for_x_MI = (grad_MN @ joint_NK[:, :inputs]).addmm_(for_inner_MR, down_RI)
+    grads, inners = torch.split(grad_MN, sizes, 1), torch.split(inner_MR, ranks, 1)
+    ups = [(inner.t() @ grad).t() * scale for grad, inner, scale in zip(grads, inners, scales, strict=True)]
+    return [for_x_MI, for_inner_MR.t() @ x_MI, *(up.contiguous() for up in ups)]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, inner: Tensor, joint: Tensor, down: Tensor, sizes: list[int], ranks: list[int],
+    scales: list[float], for_input: bool,
+) -> list[Tensor]:  # fmt: skip
+    ups = [grad.new_empty(size, rank) for size, rank in zip(sizes, ranks, strict=True)]
+    return [x.new_empty(x.shape if for_input else (0,)), down.new_empty(down.shape), *ups]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x_MI, joint_NK, down_RI, ups, ctx.scales = inputs
+    ctx.save_for_backward(x_MI, output[1], joint_NK, down_RI)
+    ctx.sizes, ctx.ranks = [len(up) for up in ups], [up.shape[1] for up in ups]
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    for_input = ctx.needs_input_grad[0]
+    for_x, for_down, *for_ups = _backward(
+        grads[0], *ctx.saved_tensors, ctx.sizes, ctx.ranks, ctx.scales, for_input
+    )
+    return for_x if for_input else None, None, for_down, for_ups, None
+
+
+_lora.register_autograd(_differentiate, setup_context=_keep)

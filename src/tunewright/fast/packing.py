@@ -1,0 +1,108 @@
+"""A batch's samples one after another in one row, without padding; none sees another.
+
+All that works on tokens one by one then works on real ones only. The row is filled up to one of few lengths: matrix
+kernels are made anew for every new shape, which for short runs costs more than padding does.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tunewright.core.errors import ModelError
+from tunewright.core.words import Words
+from tunewright.data.tokens import LENGTH
+from tunewright.fast import Batch, Technique, Work, look
+from tunewright.fast.attention import Attention, base_model
+from tunewright.models import likelihood
+from tunewright.models.announce import ROUTER
+
+_STEP = 256
+
+
+class Packing(Technique):
+    """Needs attention that knows where samples end: that of technique ``attention``."""
+
+    idea = Words(
+        "Samples follow one another in one row without padding; none sees another.",
+        "样本首尾相接排成一行，没有填充，彼此不可见。",
+    )
+
+    def why_not(self, work: Work) -> str:
+        """Every token must be treated alike, but for its sample and its place in it."""
+        if reason := Attention().why_not(work):
+            return reason
+        if getattr(work.model, ROUTER, None) is not None:
+            return "adapters are chosen for each sample"
+        return "" if _agrees(work) else "the model does not keep samples in one row apart"
+
+    @contextmanager
+    def on(self, work: Work) -> Iterator[None]:
+        """Losses come in the same order as of the padded batch."""
+        with Attention().on(work), likelihood.computed_by(work.model, _packed):
+            yield
+
+
+def _packed(before: likelihood.Losses) -> likelihood.Losses:
+    def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        fits = LENGTH in batch and int(batch[LENGTH].max()) <= _reach(model)
+        return before(model, in_one_row(batch) if fits else batch)
+
+    return losses
+
+
+def _reach(model: Any) -> float:
+    """Tokens that every layer sees back to the first of; of longer samples, their ends do not tell who sees whom."""
+    config = base_model(model).config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in windows if window), default=math.inf)
+
+
+def in_one_row(batch: Batch) -> dict[str, Tensor]:
+    """The batch of B samples as one row [1, M]; M is a multiple of 256.
+
+    ``cu_seq_lens_q`` int32 [B + 1] says where each begins, and where the last ends.
+    """
+    ids_BT, lengths_B = batch["input_ids"], batch[LENGTH]
+    places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    real_BT = places_BT < lengths_B[:, None]
+    tokens = int(lengths_B.sum())
+    left = -tokens % _STEP
+    row = {
+        name: F.pad(x_BT[real_BT], (0, left), value=fill)[None]
+        for name, x_BT, fill in (
+            ("input_ids", ids_BT, 0), ("labels", batch["labels"], likelihood.IGNORED), ("position_ids", places_BT, 0),
+        )
+    }  # fmt: skip
+    ends_S1 = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
+    return {**row, "cu_seq_lens_q": ends_S1}
+
+
+def _agrees(work: Work) -> bool:
+    """Whether two samples in one row have the losses that they have side by side."""
+    agree: list[bool] = []
+
+    def compare(batch: Batch) -> None:
+        if LENGTH not in batch:
+            agree.append(False)
+            return
+        expected = likelihood.plain(work.model, batch)
+        close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
+        for way in (Attention().on(work), nullcontext()):  # training with dropout goes the second
+            with way:
+                own = likelihood.plain(work.model, in_one_row(batch))
+            agree.append(torch.allclose(own, expected, rtol=close, atol=close))
+
+    try:
+        look(work, compare, rows=2)
+    except (
+        TypeError,
+        ValueError,
+        ModelError,
+    ):  # the architecture, or a prompt before each row, does not know of ends
+        return False
+    return all(agree)

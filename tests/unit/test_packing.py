@@ -1,0 +1,164 @@
+"""Samples in one row: none sees another, each has the loss that it has alone, and what cannot be packed is not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from techniques import SHAPE, VOCABULARY, assert_near, batch, learn, watched, work
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from tunewright import methods
+from tunewright.data.tokens import LENGTH
+from tunewright.fast.packing import Packing, in_one_row
+from tunewright.models import likelihood
+from tunewright.recipes import plugin_config
+
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
+        "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": None,
+        "eos_token_id": None}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": []}
+WINDOWED = {"use_sliding_window": True, "max_window_layers": 0}
+MAKERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=16)),
+    "window unsaid": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**SHAPE, **EXPERTS, **WINDOWED, sliding_window=16)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, attn_pdrop=0.0)),
+    "gpt2 with dropout": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, attn_pdrop=0.5)),
+}
+every_kind = pytest.mark.parametrize("kind", MAKERS)
+SHORT, LONG = (5, 9, 16, 12), (40, 17, 64, 3)
+
+
+def make(kind: str) -> Any:
+    torch.manual_seed(0)
+    return MAKERS[kind]().train()
+
+
+def by_sample(losses_N: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    counts_B = (given["labels"] != likelihood.IGNORED).sum(1)
+    return list(losses_N.split(counts_B.tolist()))
+
+
+def losses(model: Any, given: dict[str, Tensor], seed: int = 3) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return by_sample(likelihood.token_losses(model, given).detach(), given)
+
+
+def test_the_row() -> None:
+    given = batch(5, 300, 2)
+    row = in_one_row(given)
+    assert {name: tuple(x.shape) for name, x in row.items()} == {
+        "input_ids": (1, 512), "labels": (1, 512), "position_ids": (1, 512), "cu_seq_lens_q": (4,),
+    }  # fmt: skip
+    assert row["cu_seq_lens_q"].tolist() == [0, 5, 305, 307]
+    assert row["position_ids"][0, :307].tolist() == [*range(5), *range(300), *range(2)]
+    expected = torch.cat([given["input_ids"][0, :5], given["input_ids"][1], given["input_ids"][2, :2]])
+    assert torch.equal(row["input_ids"][0, :307], expected)
+    learned = [given[name][given["labels"] != likelihood.IGNORED] for name in ("labels",)]
+    assert torch.equal(row["labels"][row["labels"] != likelihood.IGNORED], learned[0])
+    assert (row["labels"][0, 307:] == likelihood.IGNORED).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "whole"), [((256,), 256), ((256, 1), 512), ((100, 156), 256), ((1,), 256)]
+)
+def test_a_row_is_filled_to_one_of_few_lengths(lengths: tuple[int, ...], whole: int) -> None:
+    assert in_one_row(batch(*lengths))["input_ids"].shape == (1, whole)
+
+
+@every_kind
+@pytest.mark.parametrize("lengths", [SHORT, LONG])
+def test_no_sample_sees_another(kind: str, lengths: tuple[int, ...]) -> None:
+    model, given, other = make(kind), batch(*lengths), batch(*lengths, seed=1)
+    with Packing().on(work(model)):
+        before = losses(model, given)
+        for changed in range(len(lengths)):
+            ids_BT = given["input_ids"].clone()
+            ids_BT[changed] = other["input_ids"][changed]
+            after = losses(model, {**given, "input_ids": ids_BT})
+            moved = [i for i, pair in enumerate(zip(before, after, strict=True)) if not torch.allclose(*pair)]
+            assert moved == [changed]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "dropout" not in kind])
+@pytest.mark.parametrize("lengths", [SHORT, LONG, (7,), (256,), (256, 8)])
+def test_losses_and_gradients_are_those_of_the_padded_batch_in_its_order(
+    kind: str, lengths: tuple[int, ...]
+) -> None:
+    """Also where samples are longer than a window, which the samples looked at before are not."""
+    model, given = make(kind), batch(*lengths)
+    assert Packing().why_not(work(model)) == ""
+    plain = learn(model, given)
+    with Packing().on(work(model)):
+        assert_near(learn(model, given), plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_row_has_no_padding(kind: str) -> None:
+    """A window that is no shorter than the samples is none."""
+    model, given = make(kind), batch(16, 4, 4)
+    with Packing().on(work(model)), watched() as seen:
+        learn(model, given)
+    assert "tunewright::packed_attention_backward" in seen.called
+    model.config.sliding_window = 15
+    with Packing().on(work(model)), watched() as seen:
+        learn(model, given)
+    assert ("tunewright::packed_attention_backward" in seen.called) == (kind == "other")
+
+
+def test_dropout_of_attention_stays() -> None:
+    model, given = make("gpt2 with dropout"), batch(*SHORT)
+    assert Packing().why_not(work(model)) == ""
+    with Packing().on(work(model)):
+        first, again, other = (losses(model, given, seed) for seed in (1, 1, 2))
+        measured = losses(model.eval(), given)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.allclose, first, other))
+    for own, plain in zip(measured, losses(model, given), strict=True):
+        torch.testing.assert_close(own, plain)
+
+
+def test_a_batch_that_does_not_tell_its_lengths_goes_the_padded_way() -> None:
+    model = make("llama").eval()
+    given = {name: x for name, x in batch(*SHORT).items() if name != LENGTH}
+    with torch.no_grad():
+        plain = likelihood.token_losses(model, given)
+        with Packing().on(work(model)):
+            assert torch.equal(likelihood.token_losses(model, given), plain)
+    assert "apart" in Packing().why_not(work(model, given))
+
+
+REFUSED = {
+    "conditional_lora": ({"adapters": ["a", "b"], "rules": {"b": ["sum"]}}, "chosen for each sample"),
+    "prompt": ({}, "does not keep samples in one row apart"),
+    "p_tuning_v2": ({}, "does not keep samples in one row apart"),
+}
+
+
+@pytest.mark.parametrize("lengths", [(9, 12), (9,)])
+@pytest.mark.parametrize("name", REFUSED)
+def test_methods_for_which_a_sample_is_more_than_its_tokens(name: str, lengths: tuple[int, ...]) -> None:
+    options, reason = REFUSED[name]
+    choice = {"name": name, **options}
+    torch.manual_seed(0)
+    model = methods.create(choice, plugin_config("methods", choice)).apply(make("llama"))
+    assert reason in Packing().why_not(work(model, batch(*lengths)))
+
+
+def test_a_model_whose_attention_cannot_be_exchanged_is_refused() -> None:
+    model = make("llama")
+    model.set_attn_implementation("eager")
+    assert Packing().why_not(work(model)) == "the model's attention is eager"
