@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 Tree = dict[str, Any]
-_ERROR = re.compile(r"[\w.]*(Error|Exception|Killed|stopped after)\b")
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 def why(failed: str) -> str:
-    """The line of a failed run's output that says why: the last that names an error, else the last."""
+    """What says why a run failed: its output's last line that names an error, else how it ended, which comes first."""
     lines = [line.strip() for line in failed.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
-    return (errors or lines or ["without a word"])[-1]
+    return errors[-1] if errors else lines[0]
 
 
 @dataclass

@@ -76,8 +76,8 @@ def run(
     found: Tree = {"seconds": time.time() - began, "peak_memory": peak}
     if ended == 0 and result.exists():
         return {**found, "result": json.loads(result.read_text())}
-    why = "" if ended is not None else f"stopped after {timeout:.0f} s\n"
-    return {**found, "failed": why + log.read_text(errors="replace")[-_TOLD:]}
+    how = f"stopped after {timeout:.0f} s" if ended is None else f"exit status {ended}"
+    return {**found, "failed": f"{how}\n{log.read_text(errors='replace')[-_TOLD:]}"}
 
 
 def watch(process: subprocess.Popen[bytes], until: float) -> tuple[int | None, int]:

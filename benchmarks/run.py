@@ -103,7 +103,8 @@ def main() -> None:
         sys.exit(NO_GPU.format(runner.python(OURS)))
     jobs = wanted_jobs(given, whole, runner)
     if given.forecast:
-        print(runner.forecast([job for job in jobs if not runner.journal.has(job.key)]))
+        left = [job for job in jobs if not runner.journal.has(job.key)]
+        print("\n".join([*runner.breakdown(left), runner.forecast(left)]))
         return
     runner.all(jobs)
     every = jobs if trial else plan.jobs(whole, {}, plan.tuned())

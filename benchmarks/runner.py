@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ class Runner:
     def forecast(self, left: list[Job]) -> str:
         """What is left, in words."""
         return f"{len(left)} runs left, about {sum(map(self._seconds, left)) / 60:.0f} minutes"
+
+    def breakdown(self, left: list[Job]) -> Iterator[str]:
+        """The same for each system on each workload, a line for each."""
+        for pair in dict.fromkeys((job.workload, job.system) for job in left):
+            own = [job for job in left if (job.workload, job.system) == pair]
+            yield f"{pair[0]} {pair[1]:<18} {self.forecast(own)}"
 
     def _seconds(self, job: Job) -> float:
         """As long as a run like it took, else by the system's guessed speed."""

@@ -277,7 +277,12 @@ def test_a_page_with_figures(workloads: Tree, tmp_path: Path, language: str) -> 
     journal.add("run", **run_of(ours, 10.0, memory=2 * 10**9))
     journal.add("run", **run_of(trl, 200.0, memory=8 * 10**9))
     journal.add(
-        "run", key=hf.key, seconds=1.0, peak_memory=1, facts=run_of(hf, 1.0)["facts"], failed="no | memory"
+        "run",
+        key=hf.key,
+        seconds=1.0,
+        peak_memory=1,
+        facts=run_of(hf, 1.0)["facts"],
+        failed="exit status 1\n  5%|\nMemoryError: no | memory\n",
     )
     found = figures.summary([ours, trl, hf], journal, {"caches": "cold", "threads": None})
     text = page.text(language, {"cpu": found}, workloads)
@@ -285,4 +290,4 @@ def test_a_page_with_figures(workloads: Tree, tmp_path: Path, language: str) -> 
     assert f"≥ 10.00x | 20.00x | {met[0]} |" in text
     assert f"≤ 0.20x | 0.25x | {met[1]} |" in text
     assert "2.00 TFLOP/s" in text
-    assert "no \\| memory" in text
+    assert "MemoryError: no \\| memory" in text

@@ -67,9 +67,9 @@ def test_the_row() -> None:
     assert row["position_ids"][0, :307].tolist() == [*range(5), *range(300), *range(2)]
     expected = torch.cat([given["input_ids"][0, :5], given["input_ids"][1], given["input_ids"][2, :2]])
     assert torch.equal(row["input_ids"][0, :307], expected)
-    learned = [given[name][given["labels"] != likelihood.IGNORED] for name in ("labels",)]
-    assert torch.equal(row["labels"][row["labels"] != likelihood.IGNORED], learned[0])
-    assert (row["labels"][0, 307:] == likelihood.IGNORED).all()
+    row_M, labels_BT = row["labels"][0], given["labels"]
+    assert torch.equal(row_M[row_M != likelihood.IGNORED], labels_BT[labels_BT != likelihood.IGNORED])
+    assert (row_M[307:] == likelihood.IGNORED).all()
 
 
 @pytest.mark.parametrize(
@@ -106,17 +106,12 @@ def test_losses_and_gradients_are_those_of_the_padded_batch_in_its_order(
         assert_near(learn(model, given), plain)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_row_has_no_padding(kind: str) -> None:
-    """A window that is no shorter than the samples is none."""
-    model, given = make(kind), batch(16, 4, 4)
+@pytest.mark.parametrize(("longest", "packed"), [(16, True), (17, False)])
+def test_samples_that_fill_a_window_are_packed_and_longer_ones_are_not(longest: int, packed: bool) -> None:
+    model, given = make("mistral"), batch(longest, 4, 4)
     with Packing().on(work(model)), watched() as seen:
         learn(model, given)
-    assert "tunewright::packed_attention_backward" in seen.called
-    model.config.sliding_window = 15
-    with Packing().on(work(model)), watched() as seen:
-        learn(model, given)
-    assert ("tunewright::packed_attention_backward" in seen.called) == (kind == "other")
+    assert ("tunewright::packed_attention_backward" in seen.called) == packed
 
 
 def test_dropout_of_attention_stays() -> None:
@@ -142,7 +137,10 @@ def test_a_batch_that_does_not_tell_its_lengths_goes_the_padded_way() -> None:
 
 
 REFUSED = {
-    "conditional_lora": ({"adapters": ["a", "b"], "rules": {"b": ["sum"]}}, "chosen for each sample"),
+    "conditional_lora": (
+        {"router": "rule", "adapters": ["a", "b"], "rules": {"b": ["sum"]}},
+        "chosen for each sample",
+    ),
     "prompt": ({}, "does not keep samples in one row apart"),
     "p_tuning_v2": ({}, "does not keep samples in one row apart"),
 }

@@ -62,6 +62,7 @@ class Compile(Technique):
     def on(self, work: Work) -> Iterator[None]:
         """Every block computes by its compiled form while gradients are wanted."""
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one block needs no pool of processes
         found = [block for _, block in anatomy.blocks(work.model)]
         for block in found:
             block._compiled_call_impl = _compiled(block)

@@ -1,0 +1,175 @@
+"""The process while it trains: what is set, what it brings, and that it is set back."""
+
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from techniques import work
+from torch import nn
+
+from tunewright.core import machine
+from tunewright.fast import process
+from tunewright.fast.process import Process
+
+MODEL = nn.Linear(2, 2)
+LARGE = 40 << 20  # bytes; glibc would give so much back by itself
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+
+
+def faults() -> int:
+    """Pages that the system gave for the first time, while a large block was made three times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(LARGE // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def denormals_count() -> bool:
+    return bool((torch.tensor([1e-40]) * 0.5).item())
+
+
+@needs_glibc
+def test_freed_memory_is_kept_and_given_back_at_the_end() -> None:
+    with Process().on(work(MODEL)):
+        faults()
+        kept, within = faults(), resident()
+    assert kept < 3 * LARGE // resource.getpagesize() // 10
+    assert within - resident() > LARGE // 2
+
+
+def resident() -> int:
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
+@needs_glibc
+@pytest.mark.parametrize("broken", [False, True])
+def test_threads_and_denormals_are_set_and_set_back(broken: bool) -> None:
+    before = torch.get_num_threads()
+    assert denormals_count()
+    try:
+        torch.set_num_threads(machine.cores() + 3)
+        with Process().on(work(MODEL)):
+            assert torch.get_num_threads() == machine.cores()
+            assert not denormals_count()
+            assert 1 // (not broken)
+    except ZeroDivisionError:
+        assert broken
+    finally:
+        after = torch.get_num_threads()
+        torch.set_num_threads(before)
+    assert after == machine.cores() + 3
+    assert denormals_count()
+
+
+@needs_glibc
+def test_fewer_threads_that_were_asked_for_stay() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Process().on(work(MODEL)):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_huge_pages() -> list[bool]:
+    """Of every part of the heap, whether the system was asked for huge pages there."""
+    asked, heap = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            heap = line.endswith("[heap]")
+        elif line.startswith("VmFlags") and heap:
+            asked.append("hg" in line.split())
+    return asked
+
+
+@needs_glibc
+@pytest.mark.skipif(process.huge_pages() != "madvise", reason="huge pages are not to be asked for here")
+def test_the_heap_is_asked_to_be_in_huge_pages() -> None:
+    with Process().on(work(MODEL)):
+        assert any(in_huge_pages())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("always [madvise] never\n", "madvise"),
+        ("[always] madvise never", "always"),
+        ("never", ""),
+        (None, ""),
+    ],
+)
+def test_what_the_system_says_of_huge_pages(
+    content: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "enabled"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(process, "_PAGES", path)
+    assert process.huge_pages() == expected
+    assert process.settings()["huge pages"] == (expected or "unknown")
+
+
+def test_it_is_for_cpus_and_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "own allocator" in Process().why_not(work(nn.Linear(2, 2, device="meta")))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert Process().why_not(work(MODEL)) == ""
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert "not glibc" in Process().why_not(work(MODEL))
+    assert not process.settings()["keeps freed memory"]
+
+
+def test_settings_are_what_a_training_has() -> None:
+    found = process.settings()
+    with Process().on(work(MODEL)) if found["keeps freed memory"] else torch.no_grad():
+        assert found["threads"] == torch.get_num_threads()
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    assert [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags] == found[
+        "matrix units"
+    ]
+
+
+# Cores
+
+
+@pytest.fixture
+def bound() -> Iterator[int]:
+    """The process may use one core only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield 1
+    os.sched_setaffinity(0, before)
+
+
+@pytest.fixture
+def quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "cpu.max")
+    return tmp_path / "cpu.max"
+
+
+def test_a_process_that_is_bound_has_fewer_cores(bound: int) -> None:
+    assert machine.cores() == machine.hardware()["cores"] == bound
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("50000 100000", 1), ("100000 100000", 1), ("160000 100000", 2), ("max 100000", 64), ("", 64), ("6400000 50000", 64)],
+)  # fmt: skip
+def test_a_container_may_be_limited(
+    quota: Path, limit: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    quota.write_text(limit)
+    assert machine.cores() == expected
+
+
+def test_without_limits_all_cores_are_counted(quota: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not quota.exists()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.cores() == os.cpu_count()
