@@ -30,6 +30,7 @@ class Listed(StrEnum):
     methods = "methods"
     objectives = "objectives"
     optimizers = "optimizers"
+    fast = "fast"
     models = "models"
     templates = "templates"
     data = "data"

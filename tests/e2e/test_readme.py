@@ -124,9 +124,9 @@ def test_every_shipped_recipe_is_valid_and_begins(path, tmp_path, tiny_model_fol
     import tunewright as tw
 
     run = tw.run(
-        path, model=str(tiny_model_folder), output=str(tmp_path / "run"), quiet=True,
+        path, fast={"compile": False}, model=str(tiny_model_folder), output=str(tmp_path / "run"), quiet=True,
         data={"train": "builtin:demo-valid", "valid": "builtin:pico-corpus-valid" if path.stem.startswith("pretrain") else []},
-        train={"max_steps": 2, "tokens_per_batch": 512, "compile": False, "eval_every": 0, "save_every": 0},
+        train={"max_steps": 2, "tokens_per_batch": 512, "eval_every": 0, "save_every": 0},
         evaluate={"limit": 4, "max_new_tokens": 2},
     )  # fmt: skip
     assert run.results["status"] == "finished"

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
 )
 
 from tunewright import methods
@@ -27,14 +27,11 @@ from tunewright.recipes import plugin_config
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256,
         "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": None,
         "eos_token_id": None}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": []}
-WINDOWED = {"use_sliding_window": True, "max_window_layers": 0}
+CHUNKS = {"attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
 MAKERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=16)),
-    "window unsaid": lambda: Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**SHAPE, **EXPERTS, **WINDOWED, sliding_window=16)
-    ),
+    "chunks": lambda: Llama4ForCausalLM(Llama4TextConfig(**SHAPE, **CHUNKS)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, attn_pdrop=0.0)),
     "gpt2 with dropout": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, attn_pdrop=0.5)),
 }
