@@ -244,6 +244,23 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(make_trainer: Any, tmp_path: P
     assert len(used) == 3 and all("frozen_layers" in on for on in used)
 
 
+@pytest.mark.parametrize(
+    "fast", [True, {"packing": True, "frozen_layers": False}], ids=["both", "only packing"]
+)
+def test_in_a_run_with_every_technique_states_are_read_at_every_step(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: Any
+) -> None:
+    """Samples in one row would not find their states."""
+    read: list[int] = []
+    plain = KeptStates.read
+    monkeypatch.setattr(KeptStates, "read", lambda *given: read.append(1) or plain(*given))
+    trainer = make_trainer(method={"name": "partial", "last": 1}, epochs=4, lr=1e-2, fast=fast)
+    trainer.run()
+    (event,) = logged(tmp_path, "fast")
+    assert ("packing" in event["on"]) != ("frozen_layers" in event["on"])
+    assert (len(read) >= trainer.steps) == ("frozen_layers" in event["on"])
+
+
 @pytest.mark.filterwarnings("default")  # torch._dynamo looks at .grad of what it traces, and warns itself
 def test_compiled_blocks_are_left_out_as_well(tmp_path: Path, calls: Any) -> None:
     model = make()

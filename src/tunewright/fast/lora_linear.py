@@ -16,8 +16,6 @@ from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, look
 from tunewright.fast.attention import base_model
 
-_MINE = "tunewright_group"
-
 
 class LoraLinear(Technique):
     """Replaces the forward of PEFT's LoRA layers; weights and adapters stay PEFT's own."""

@@ -17,6 +17,7 @@ from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
 from tunewright.fast import Batch, Technique, Work, look
+from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
 from tunewright.models import likelihood
 from tunewright.models.announce import ROUTER
@@ -39,6 +40,12 @@ class Packing(Technique):
         if getattr(work.model, ROUTER, None) is not None:
             return "adapters are chosen for each sample"
         return "" if _agrees(work) else "the model does not keep samples in one row apart"
+
+    def not_worth(self, work: Work) -> str:
+        """States that are kept of frozen blocks are each sample's own: skipping the blocks gains more than a row does."""
+        return (
+            "the frozen blocks' states are kept by sample" if frozen(work.model) and work.epochs > 1 else ""
+        )
 
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
@@ -103,6 +110,6 @@ def _agrees(work: Work) -> bool:
         TypeError,
         ValueError,
         ModelError,
-    ):  # the architecture, or a prompt before each row, does not know of ends
+    ):  # the architecture, or a prompt before each row, knows no ends
         return False
     return all(agree)
