@@ -17,7 +17,7 @@ LAYERS = 3
 TOKENS = 512
 _LLAMA = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": LAYERS,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
-_GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
+GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
 _LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear", "init_lora_weights": False}
 
 
@@ -27,7 +27,7 @@ def llama() -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
-    "gpt2 with dropout": lambda: GPT2LMHeadModel(GPT2Config(**_GPT2)),
+    "gpt2 with dropout": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "lora with dropout": lambda: get_peft_model(llama(), LoraConfig(**_LORA)),
 }
 

@@ -188,6 +188,17 @@ SECONDS = {4096: 3.0, 2048: 1.5, 1024: 1.2, 512: 1.4}
 
 
 @pytest.mark.parametrize(
+    ("whole", "given", "taken"), [(8192, None, [4096]), (3000, None, [3000]), (8192, 512, [])]
+)
+def test_compiled_blocks_keep_so_little_that_more_tokens_are_taken(
+    whole: int, given: int | None, taken: list[int]
+) -> None:
+    tries = Tries({whole: 1.0}, given)
+    with Compile().on(tries.work(llama())):
+        assert tries.taken == taken
+
+
+@pytest.mark.parametrize(
     ("seconds", "fastest"),
     [
         (SECONDS, 1024),

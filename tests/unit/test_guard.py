@@ -4,11 +4,14 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from activations import GPT2, MODELS, TOKENS, counted, learn, make
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunewright.core.errors import InterruptedRunError
 from tunewright.train import guard
@@ -297,3 +300,37 @@ def test_torchs_own_refusal_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)
+
+
+# Memory that is plenty
+
+
+PLAIN: dict[str, Callable[[], Any]] = {
+    "llama": MODELS["llama"],
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_what_training_keeps_is_estimated_from_above_and_not_by_far(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = PLAIN[kind]().train()
+    with counted(model) as kept:
+        learn(model)
+    for share, roomy in ((2.0, False), (5.0, True)):
+        monkeypatch.setattr(guard, "available_memory", lambda share=share: int(share * kept()))
+        assert guard.is_roomy(model, TOKENS) == roomy
+
+
+def test_experts_in_one_tensor_dropout_and_other_devices_are_always_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "available_memory", lambda: 1 << 60)
+    model = make()
+    assert guard.is_roomy(model, TOKENS)
+    assert not guard.is_roomy(model.to("meta"), TOKENS)
+    assert not guard.is_roomy(make("gpt2 with dropout"), TOKENS)
+    model = make()
+    model.model.layers[0].experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    assert not guard.is_roomy(model, TOKENS)

@@ -12,6 +12,7 @@ from training import LORA, OTHERS, MakeTrainer, Poison, checkpoints, learned, lo
 
 from tunewright.core import events
 from tunewright.core.errors import DivergedError, HardwareError
+from tunewright.train import guard
 from tunewright.train.loop import Trainer
 
 
@@ -49,6 +50,13 @@ def holds(trainer: Trainer, *samples: int) -> Callable[[torch.Tensor], bool]:
 # The rehearsal
 
 
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing is taken to fit untried."""
+    monkeypatch.setattr(guard, "available_memory", lambda: 1 << 20)
+
+
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("method", ["full", LORA], ids=["full", "lora with dropout"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_rehearsal_changes_nothing(
@@ -69,6 +77,7 @@ def test_the_rehearsal_changes_nothing(
     assert learned(tmp_path, "plain") == learned(tmp_path, "rehearsed")
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_the_rehearsal_is_the_widest_micro_batch_before_the_first_step(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -85,6 +94,16 @@ def test_the_rehearsal_is_the_widest_micro_batch_before_the_first_step(
     assert [steps for steps, _ in seen[:3]] == [0, 0, 0]
 
 
+def test_where_memory_is_plenty_nothing_is_rehearsed(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "available_memory", lambda: 1 << 40)
+    trainer = make_trainer(micro_tokens=40)
+    watch(trainer, lambda ids: pytest.fail("rehearsed"))
+    trainer._rehearse()
+
+
+@pytest.mark.usefixtures("little_memory")
 def test_a_finished_run_is_not_rehearsed(make_trainer: MakeTrainer) -> None:
     make_trainer(max_steps=2).run()
     again = make_trainer(max_steps=2)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from techniques import work
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from techniques import SHAPE, work
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunewright.core import machine
-from tunewright.fast import process
+from tunewright.fast import lora_linear, process
 from tunewright.fast.process import Process
 
 MODEL = nn.Linear(2, 2)
@@ -172,3 +175,28 @@ def test_without_limits_all_cores_are_counted(quota: Path, monkeypatch: pytest.M
     assert not quota.exists()
     monkeypatch.delattr(os, "sched_getaffinity")
     assert machine.cores() == os.cpu_count()
+
+
+@needs_glibc
+def test_a_files_weights_are_let_go_of_unless_they_were_changed(tmp_path: Path) -> None:
+    """Only pages that can be read from the file again are dropped."""
+    files = [tmp_path / "read.safetensors", tmp_path / "changed.safetensors"]
+    for path in files:
+        save_file({"x": torch.full((LARGE // 4,), 3.0)}, path)
+    read, changed = (load_file(path)["x"] for path in files)
+    total = read.sum() + changed.sum()
+    changed[:1000] = 5
+    before = resident()
+    process.let_go_of_files()
+    assert LARGE / 2 < before - resident() < LARGE * 1.5
+    assert changed[:1000].eq(5).all()
+    assert read.sum() + changed.sum() == total + 2000
+
+
+@needs_glibc
+def test_weights_that_lora_copied_are_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[bool] = []
+    monkeypatch.setattr(lora_linear, "let_go_of_files", lambda: called.append(True))
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), LoraConfig(target_modules="all-linear"))
+    with lora_linear.LoraLinear().on(work(model)):
+        assert called

@@ -104,7 +104,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _attend.register_autograd(_differentiate, setup_context=_keep)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float | None) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
     """Query [1, H, M, D], key and value [1, G, M, D], where samples begin and the last ends [S + 1] -> [1, M, H, D]."""
-    out: Tensor = _attend(query, key, value, ends, scale or query.shape[3] ** -0.5)
+    out: Tensor = _attend(query, key, value, ends, scale)
     return out.transpose(1, 2)

@@ -1,9 +1,10 @@
-"""Causal attention on a CPU with a backward pass of plain matrix products.
+"""Causal attention on a CPU: the fastest exact implementation for the machine and the heads at hand.
 
-PyTorch's own CPU kernel is fast forwards; backwards it works on tiles so small that bf16 matrix units idle: for 10
-sequences of 200 tokens, 9 heads of 64, it takes four times as long as forming the scores anew, whole, by batched
-matrix products. Long sequences are worked on in bands of queries, so that memory grows with length and not with its
-square. The softmax's gradient is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
+Where there are bf16 matrix units and a compiler, code made for them. Elsewhere PyTorch's kernel forwards, which is
+fast, and plain matrix products backwards: its own backward kernel works on tiles so small that it takes four times as
+long (10 sequences of 200 tokens, 9 heads of 64) as forming the scores anew, whole, by batched products. Long sequences
+are worked on in bands of queries, so that memory grows with length and not with its square. The softmax's gradient is
+that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _causal
+from tunewright.fast import Technique, Work, _amx_attention, _causal
 from tunewright.fast import _packed_attention as packed
 
 _NAME = "tunewright_causal"
@@ -25,8 +26,8 @@ class Attention(Technique):
     """Another implementation of the same sums, by transformers' own switch for implementations."""
 
     idea = Words(
-        "The backward pass of attention is made of large matrix products.",
-        "注意力的反向传播改用大矩阵乘法完成。",
+        "Attention is computed on matrix units, its backward pass included, each sample at its own length.",
+        "注意力（含反向传播）在矩阵单元上计算，每条样本只按自身长度计算。",
     )
 
     def why_not(self, work: Work) -> str:
@@ -40,6 +41,7 @@ class Attention(Technique):
     def on(self, work: Work) -> Iterator[None]:
         """The model's attention is ours, and its own again afterwards."""
         register()
+        _amx_attention.prepare()
         own = base_model(work.model)
         own.set_attn_implementation(_NAME)
         try:
@@ -79,13 +81,17 @@ def attention(
     in training goes to the plain implementation; its mask keeps such samples apart, too.
     """
     more = dropout or any(others.get(name) is not None for name in ("position_bias", "softcap"))
+    scale = scaling or query.shape[3] ** -0.5
     if others.get("cu_seq_lens_q") is not None and not more:
-        return packed.attention(query, key, value, others["cu_seq_lens_q"], scaling), None
+        one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
+        return one_row(query, key, value, others["cu_seq_lens_q"], scale), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
     learning = torch.is_grad_enabled() and query.requires_grad
     if attention_mask is None and causal and alike and learning and not more:
-        out_BHTD, _ = _attend(query, key, value, scaling or query.shape[3] ** -0.5)
+        if _amx_attention.fits(query):
+            return _amx_attention.in_a_batch(query, key, value, scale), None
+        out_BHTD, _ = _attend(query, key, value, scale)
         return out_BHTD.transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

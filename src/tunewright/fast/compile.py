@@ -5,7 +5,6 @@ back on runs of many steps.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work
+from tunewright.fast import Technique, Work, _native
 from tunewright.models import anatomy
 
 _COST = 8.0
@@ -26,12 +25,12 @@ runs, computes the same bits.
 _RATE = {"cpu": 1e12, "cuda": 1e14}
 """Floating-point operations a second that a training is taken to reach, to tell how long it will be."""
 
-_RECOMPUTED: dict[str, Any] = {
-    "ban_recompute_used_far_apart": False,
-    "ban_recompute_long_fusible_chains": True,
-    "ban_recompute_materialized_backward": False,
-    "ban_recompute_reductions": True,
-}
+_RECOMPUTED: dict[str, Any] = {"aggressive_recomputation": True}
+"""Of a block little but its input is kept: a pass of it more costs less than to write what it makes to memory and to
+read it again.
+"""
+_TOKENS = 4096
+"""That go through the model at a time on a CPU, since so little is kept of them."""
 
 
 class Compile(Technique):
@@ -46,7 +45,7 @@ class Compile(Technique):
         """Blocks are needed, and a compiler."""
         if not anatomy.blocks(work.model):
             return "the model has no decoder blocks"
-        if work.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        if work.device.type == "cpu" and _native.compiler() is None:
             return "there is no C++ compiler"
         return ""
 
@@ -63,6 +62,8 @@ class Compile(Technique):
         """Every block computes by its compiled form while gradients are wanted."""
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one block needs no pool of processes
+        if work.device.type == "cpu" and not work.portion.given:
+            work.portion.take(min(work.portion.whole, _TOKENS))
         found = [block for _, block in anatomy.blocks(work.model)]
         for block in found:
             block._compiled_call_impl = _compiled(block)
@@ -81,7 +82,7 @@ def _compiled(block: Any) -> Callable[..., Any]:
         learning = block.training and torch.is_grad_enabled()
         if not learning:
             return plain(*args, **kwargs)
-        with torch._functorch.config.patch(**_RECOMPUTED):
+        with torch._functorch.config.patch(_RECOMPUTED):
             return compiled(*args, **kwargs)
 
     return call

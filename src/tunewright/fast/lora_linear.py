@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, look
 from tunewright.fast.attention import base_model
+from tunewright.fast.process import let_go_of_files
 
 
 class LoraLinear(Technique):
@@ -35,6 +36,7 @@ class LoraLinear(Technique):
     def on(self, work: Work) -> Iterator[None]:
         """The layers' frozen weights lie in their group's matrix meanwhile."""
         groups = [_Group(layers) for layers in _together(work)]
+        let_go_of_files()  # the groups hold copies
         hook = base_model(work.model).register_forward_pre_hook(lambda *_: _refresh(groups))
         try:
             yield

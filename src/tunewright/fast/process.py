@@ -16,13 +16,14 @@ import torch
 
 from tunewright.core.machine import cores
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work
+from tunewright.fast import Technique, Work, _amx_attention, _native
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of glibc's malloc.h
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
 _GIVE_BACK = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 32 << 20, _TOP_PAD: 128 << 10, _MMAP_THRESHOLD: 32 << 20}
 _HUGE = 2 << 20
-_MADV_HUGEPAGE = 14
+_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
+_TOLD_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -96,14 +97,30 @@ def _in_huge_pages(libc: Any) -> None:
             libc.madvise(first, max(0, last - first), _MADV_HUGEPAGE)
 
 
+def let_go_of_files() -> None:
+    """Weights that are mapped from a file and were copied elsewhere no longer count as this process's memory.
+
+    Pages that nothing has written are dropped; where they are needed after all they are read again.
+    """
+    if not (libc := _libc()):
+        return
+    first = last = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds, _, rest = line.partition(" ")
+        if "-" in bounds:
+            ours = rest.endswith(".safetensors")
+            first, last = (int(part, 16) for part in bounds.split("-")) if ours else (0, 0)
+        elif last and bounds == "Anonymous:" and rest.split()[0] == "0":
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
 def settings() -> dict[str, Any]:
     """What a training would compute with here, for ``tunewright doctor``."""
-    names = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
+    flags = _native.cpu_flags()
     return {
         "threads": min(torch.get_num_threads(), cores()),
         "keeps freed memory": bool(_libc()),
         "huge pages": huge_pages() or "unknown",
-        "matrix units": [name for name in names if name in flags],
+        "matrix units": [name for name in _TOLD_UNITS if name in flags],
+        "attention on matrix units": _amx_attention.prepare() or "yes",
     }

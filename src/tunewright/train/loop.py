@@ -216,12 +216,14 @@ class Trainer:
 
     def _rehearse(self) -> None:
         """Do once, before the first step, what will need most memory: learn from the widest micro-batch, measure
-        on held-out samples. If either does not fit, it is cut smaller now and not after hours.
+        on held-out samples. If either does not fit, it is cut smaller now and not after hours. Where memory is
+        plenty nothing is tried, and training begins at once.
         """
         if self._finished():
             return
-        with self._unlearned():
-            self._fitted(lambda budget: self.passes.over([self.feed.widest(budget)], self.clock))
+        if not guard.is_roomy(self.model, self._budget):
+            with self._unlearned():
+                self._fitted(lambda budget: self.passes.over([self.feed.widest(budget)], self.clock))
         if self.config.eval_every and len(self.held_out):
             self.held_out.rehearse(self.model, self._tell_smaller)
 

@@ -1,0 +1,136 @@
+"""Causal attention on matrix units, for samples that follow one another in a row: the code is in ``_amx_attention.cpp``.
+
+Each sample costs what its own length does, and no scores are held but those of 64 queries and 64 keys.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunewright.fast import _native
+
+_CODE = "_amx_attention"
+_WIDTHS = (32, 64, 96, 128)
+
+
+def prepare() -> str:
+    """Build the code; why that cannot be done, or nothing."""
+    return _native.why_not(_CODE)
+
+
+def fits(query: Tensor) -> bool:
+    """Whether there is code for such heads [.., D]; never before :func:`prepare`."""
+    return _CODE in _native.BUILT and query.dtype == torch.bfloat16 and query.shape[3] in _WIDTHS
+
+
+def _laid_out(x_1HMD: Tensor) -> Tensor:
+    return x_1HMD if x_1HMD.stride(3) == 1 else x_1HMD.contiguous()
+
+
+def _new(like_1HMD: Tensor) -> Tensor:
+    """Laid out as [1, M, H, D]."""
+    batch, heads, tokens, width = like_1HMD.shape
+    return like_1HMD.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _call(tensors: Sequence[Tensor], logsumexp_HM: Tensor, ends: Tensor, scale: float, back: bool) -> None:
+    """Tensors as the code names them: query, key, value, output, and for the way back four gradients."""
+    query, key = tensors[:2]
+    bounds = ends.to(torch.int64)
+    sizes = (len(ends) - 1, query.shape[1], key.shape[1], query.shape[2], query.shape[3])
+    addresses = [t.data_ptr() for t in tensors] + [None] * (8 - len(tensors)) + [logsumexp_HM.data_ptr()]
+    strides = [stride for t in tensors for stride in (t.stride(1), t.stride(2))]
+    failed = _native.library(_CODE).attend(
+        (ctypes.c_int64 * 5)(*sizes),
+        ctypes.c_float(scale),
+        ctypes.cast(bounds.data_ptr(), ctypes.POINTER(ctypes.c_int64)),
+        (ctypes.c_void_p * 9)(*addresses),
+        (ctypes.c_int64 * len(strides))(*strides),
+        int(back),
+    )
+    if failed:
+        raise ValueError(f"no code for heads of {query.shape[3]} numbers")
+    last = int(bounds[-1])
+    for made in tensors[5:] if back else tensors[3:]:
+        made[:, :, last:] = 0  # tokens of no sample
+    if not back:
+        logsumexp_HM[:, last:] = 0
+
+
+@torch.library.custom_op("tunewright::amx_attention", mutates_args=())
+def _attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    query, key, value = map(_laid_out, (query, key, value))
+    out, logsumexp_HM = _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+    _call((query, key, value, out), logsumexp_HM, ends, scale, back=False)
+    return out, logsumexp_HM
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("tunewright::amx_attention_backward", mutates_args=())
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp_HM: Tensor,
+    grad: Tensor,
+    ends: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, out, grad = map(_laid_out, (query, key, value, out, grad))
+    made = _new(query), _new(key), _new(value)
+    _call((query, key, value, out, grad, *made), logsumexp_HM, ends, scale, back=True)
+    return made
+
+
+@_backward.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp_HM: Tensor,
+    grad: Tensor,
+    ends: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new(query), _new(key), _new(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, ends, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output, ends)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, ends = ctx.saved_tensors
+    return *_backward(*tensors, grad, ends, ctx.scale), None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def in_a_row(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """Query [1, H, M, D], key and value [1, G, M, D], where samples begin and the last ends [S + 1] -> [1, M, H, D]."""
+    out: Tensor = _attend(query, key, value, ends, scale)[0]
+    return out.transpose(1, 2)
+
+
+def in_a_batch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D]."""
+    batch, _, tokens, _ = query.shape
+    ends = torch.arange(batch + 1) * tokens
+    out_1MHD = in_a_row(_in_a_row(query), _in_a_row(key), _in_a_row(value), ends, scale)
+    return out_1MHD.view(batch, tokens, *out_1MHD.shape[2:])
+
+
+def _in_a_row(x_BHTD: Tensor) -> Tensor:
+    return x_BHTD.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)

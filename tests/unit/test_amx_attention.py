@@ -1,0 +1,188 @@
+"""Attention on matrix units: as near to float64 as PyTorch's own in bf16, at any lengths, and what happens without."""
+
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from techniques import watched
+from torch import Tensor
+from torch.library import opcheck
+
+from tunewright.fast import _amx_attention, _native, attention, process
+
+LACKING = _native.why_not("_amx_attention")
+needs_units = pytest.mark.skipif("matrix units" in LACKING, reason=LACKING)
+MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=True)
+SCALE = 0.2
+
+
+def some(lengths: Sequence[int], heads: int, groups: int, width: int, left: int = 0, size: float = 1) -> Any:
+    """Query, key, value [1, H or G, M, D] and the output's gradient [1, H, M, D], laid out as models have them."""
+    torch.manual_seed(0)
+    tokens = sum(lengths) + left
+    made = (torch.randn(1, tokens, n, width).bfloat16() for n in (heads, groups, groups, heads))
+    query, key, value, grad = (x.transpose(1, 2) for x in made)
+    return query * size, key, value, grad
+
+
+def by_formula(given: Any, lengths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients, each sample alone, in such numbers by PyTorch."""
+    query, key, value = (x.detach().to(dtype).requires_grad_() for x in given[:3])
+    repeats, outs = query.shape[1] // key.shape[1], []
+    for first, last in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+        q, k, v = (x[:, :, first:last] for x in (query, key, value))
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE))
+    out = torch.cat(outs, 2)
+    return [
+        out.detach(),
+        *torch.autograd.grad(out, (query, key, value), given[3][:, :, : sum(lengths)].to(dtype)),
+    ]
+
+
+def ours(given: Any, lengths: Sequence[int]) -> list[Tensor]:
+    query, key, value = (x.detach().requires_grad_() for x in given[:3])
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
+    out = _amx_attention.in_a_row(query, key, value, ends, SCALE).transpose(1, 2)
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), given[3])]
+
+
+def assert_as_near_as_plain(given: Any, lengths: Sequence[int]) -> None:
+    exact, plain = by_formula(given, lengths, torch.float64), by_formula(given, lengths, torch.bfloat16)
+    whole = sum(lengths)
+    for own, expected, other in zip(ours(given, lengths), exact, plain, strict=True):
+        error, allowed = ((x[:, :, :whole] - expected[:, :, :whole]).norm() for x in (own, other))
+        assert error <= 1.1 * allowed
+        assert not own[:, :, whole:].any()
+
+
+@needs_units
+@pytest.mark.parametrize("lengths", [(1,), (1, 2, 31, 32, 33, 63, 64, 65, 1), (300, 5, 129), (500,)], ids=str)
+def test_any_lengths(lengths: tuple[int, ...]) -> None:
+    assert_as_near_as_plain(some(lengths, 3, 1, 64, left=9), lengths)
+
+
+@needs_units
+@pytest.mark.parametrize("width", _amx_attention._WIDTHS)
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (3, 3), (4, 1), (6, 2)])
+def test_any_heads(heads: int, groups: int, width: int) -> None:
+    assert_as_near_as_plain(some((70, 100), heads, groups, width), (70, 100))
+
+
+@needs_units
+def test_scores_that_leave_one_key_all_the_attention() -> None:
+    assert_as_near_as_plain(some((150,), 2, 1, 64, size=100), (150,))
+
+
+@needs_units
+def test_sums_do_not_depend_on_threads() -> None:
+    lengths = (200, 90, 30)
+    given, threads = some(lengths, 4, 2, 64), torch.get_num_threads()
+    try:
+        found = [(torch.set_num_threads(n), ours(given, lengths))[1] for n in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@needs_units
+def test_matrix_products_before_and_after_are_not_disturbed() -> None:
+    """The tiles of PyTorch's own kernels are set as they were."""
+    one, other = torch.randn(300, 100).bfloat16(), torch.randn(100, 200).bfloat16()
+    before, given = one @ other, some((65,), 2, 1, 64)
+    ours(given, (65,))
+    assert torch.equal(one @ other, before)
+
+
+@needs_units
+def test_operations_are_what_they_are_declared_to_be() -> None:
+    query, key, value, grad = some((40, 13), 4, 2, 32, left=5)
+    ends = torch.tensor([0, 40, 53], dtype=torch.int32)
+    opcheck(_amx_attention._attend, (query.requires_grad_(), key, value, ends, SCALE))
+    out, logsumexp_HM = _amx_attention._attend(query.detach(), key, value, ends, SCALE)
+    opcheck(_amx_attention._backward, (query.detach(), key, value, out, logsumexp_HM, grad, ends, SCALE))
+
+
+@needs_units
+@pytest.mark.parametrize("in_one_row", [True, False])
+def test_models_reach_it(in_one_row: bool) -> None:
+    """A batch of two is two samples in a row; layouts that are no row's are copied."""
+    _amx_attention.prepare()
+    given = some((50, 50), 4, 2, 32)
+    expected = by_formula(given, (50, 50), torch.float64)
+    more = {"cu_seq_lens_q": torch.tensor([0, 50, 100], dtype=torch.int32)} if in_one_row else {}
+    shape = (1, 100) if in_one_row else (2, 50)
+    rows = (x.transpose(1, 2).reshape(*shape, -1, 32).transpose(1, 2) for x in given)
+    query, key, value, grad = (x.contiguous() for x in rows)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    with watched() as seen:
+        out, _ = (
+            attention.attention(MODULE, *leaves, None, scaling=SCALE)
+            if not more
+            else attention.attention(MODULE, *leaves, None, scaling=SCALE, **more)
+        )
+        found = [out.transpose(1, 2), *torch.autograd.grad(out, leaves, grad.transpose(1, 2))]
+    assert {"tunewright::amx_attention", "tunewright::amx_attention_backward"} <= set(seen.called)
+    for own, exact in zip(found, expected, strict=True):
+        flat = own.transpose(1, 2).reshape(1, 100, -1, 32).transpose(1, 2)
+        assert (flat - exact).norm() < 6e-3 * exact.norm()
+
+
+@needs_units
+def test_other_heads_and_other_numbers_go_another_way() -> None:
+    _amx_attention.prepare()
+    query, *_ = some((5,), 1, 1, 48)
+    assert not _amx_attention.fits(query)
+    assert not _amx_attention.fits(torch.randn(1, 1, 5, 64))
+    ends = torch.tensor([0, 5])
+    with pytest.raises(ValueError, match="48"):
+        _amx_attention._attend(query, query, query, ends, SCALE)
+
+
+# Without
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """Asked as the first time on a machine."""
+    monkeypatch.setenv("TUNEWRIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr(_native, "BUILT", set())
+    monkeypatch.setattr(_native, "library", _native.library.__wrapped__)
+    return _native.why_not.__wrapped__
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("no-such-compiler", "no C++ compiler"), ("false", "compiler says: 1")]
+)
+@needs_units
+def test_without_a_compiler_that_works(
+    anew: Any, monkeypatch: Any, tmp_path: Any, compiler: str, said: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert said in anew("_amx_attention")
+    assert not _amx_attention.fits(some((5,), 1, 1, 64)[0])
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_without_matrix_units(anew: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(_native, "cpu_flags", lambda: {"avx2", "avx512f"})
+    assert "no bf16 matrix units" in anew("_amx_attention")
+
+
+@needs_units
+def test_it_is_built_once(anew: Any, monkeypatch: Any, tmp_path: Any) -> None:
+    assert anew("_amx_attention") == ""
+    (built,) = tmp_path.rglob("*.*")
+    changed = built.stat().st_mtime_ns
+    monkeypatch.setattr(_native, "_build", lambda *given: pytest.fail("built again"))
+    assert anew("_amx_attention") == ""
+    assert built.stat().st_mtime_ns == changed
+
+
+def test_doctor_says_what_attention_is_computed_by() -> None:
+    assert process.settings()["attention on matrix units"] == (LACKING or "yes")
