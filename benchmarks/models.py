@@ -89,7 +89,9 @@ def _make_data(folder: Path, model: Path, data: Tree, fixtures: Path) -> None:
     source = (
         _prose(data["prose"], data["max_length"], fixtures) if "prose" in data else _talks(data, fixtures)
     )
-    every = list(source)
+    every = list(
+        {json.dumps(row): row for row in source}.values()
+    )  # a row that repeats another teaches nothing
     start = data.get("held_out_from", data["rows"])
     parts = {"train": every[: data["rows"]], "held_out": every[start : start + data.get("held_out", 0)]}
     if len(parts["train"]) < data["rows"] or len(parts["held_out"]) < data.get("held_out", 0):

@@ -19,7 +19,7 @@ from transformers import (
     LlamaModel,
 )
 
-from tunewright.fast import cross_entropy
+from tunewright.fast import _native, cross_entropy
 from tunewright.fast.cross_entropy import CrossEntropy
 from tunewright.models import likelihood
 
@@ -228,3 +228,79 @@ def test_one_that_could_but_does_not_is_taken(dtype: torch.dtype) -> None:
 
 def test_a_model_without_an_output_layer_is_refused() -> None:
     assert CrossEntropy().why_not(work(LlamaModel(LlamaConfig(**SHAPE)))) == "the model has no output layer"
+
+
+# The softmax of bf16 logits, by code for the processor
+
+
+CODED = _native.why_not("_softmax") == ""
+needs_code = pytest.mark.skipif(not CODED, reason=_native.why_not("_softmax"))
+Pair = tuple[Tensor, Tensor]
+
+
+def by_code_and_plain(
+    logits_CV: Tensor, labels_C: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Pair, Pair]:
+    """Losses and gradients either way."""
+    coded, plain = logits_CV.clone(), logits_CV.clone()
+    found = cross_entropy._to_gradients(coded, labels_C, True), coded
+    monkeypatch.setattr(_native, "BUILT", set())
+    return found, (cross_entropy._to_gradients(plain, labels_C, True), plain)
+
+
+@needs_code
+@pytest.mark.parametrize("words", [1, 15, 16, 17, 100, 32_003])
+def test_by_code_it_is_as_near_to_float64_as_by_pytorch(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(words)
+    logits_CV, labels_C = (torch.randn(7, words) * 6).bfloat16(), torch.randint(0, words, (7,))
+    labels_C[0] = logits_CV[0].argmax()
+    leaf = logits_CV.double().requires_grad_()
+    exact_C = F.cross_entropy(leaf, labels_C, reduction="none")
+    exact_C.sum().backward()
+    for losses_C, grads_CV in by_code_and_plain(logits_CV, labels_C, monkeypatch):
+        torch.testing.assert_close(losses_C.double(), exact_C.detach(), rtol=1e-5, atol=2e-6)
+        assert (grads_CV - leaf.grad).norm() <= 2e-3 * leaf.grad.norm() + 1e-6
+
+
+@needs_code
+def test_by_code_words_that_cannot_come_and_numbers_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_CV = torch.randn(6, 40).bfloat16()
+    logits_CV[0, ::2] = -torch.inf
+    logits_CV[1, 3], logits_CV[2, 39] = torch.nan, torch.inf
+    logits_CV[3] = 0
+    logits_CV[3, 5], logits_CV[4] = 3e38, -100
+    labels_C = torch.tensor([1, 0, 0, 5, 7, 0])
+    (coded, grads_CV), (plain, plain_CV) = by_code_and_plain(logits_CV, labels_C, monkeypatch)
+    torch.testing.assert_close(coded, plain, equal_nan=True)
+    torch.testing.assert_close(grads_CV, plain_CV, equal_nan=True)
+    assert coded.isfinite().tolist() == [True, False, False, True, True, True]
+
+
+@needs_code
+def test_by_code_logits_are_left_alone_where_no_gradient_is_needed() -> None:
+    logits_CV = torch.randn(5, 33).bfloat16()
+    before = logits_CV.clone()
+    cross_entropy._to_gradients(logits_CV, torch.arange(5), False)
+    assert torch.equal(logits_CV, before)
+
+
+@needs_code
+def test_by_code_rows_may_lie_apart() -> None:
+    wide_CV, labels_C = torch.randn(5, 64).bfloat16(), torch.arange(5)
+    narrow_CV = wide_CV[:, :40].clone()
+    expected = cross_entropy._to_gradients(narrow_CV, labels_C, True)
+    rest = wide_CV[:, 40:].clone()
+    assert torch.equal(cross_entropy._to_gradients(wide_CV[:, :40], labels_C, True), expected)
+    assert torch.equal(wide_CV[:, :40], narrow_CV)
+    assert torch.equal(wide_CV[:, 40:], rest)
+
+
+def test_the_room_of_logits_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_rooms", {})
+    model = llama()
+    with CrossEntropy().on(work(model)):
+        learn(model, batch(9, 12))
+        (room_CV,) = cross_entropy._rooms.values()
+        learn(model, batch(30, 2))
+        assert next(iter(cross_entropy._rooms.values())) is room_CV
+    assert not cross_entropy._rooms

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from activations import GPT2, MODELS, TOKENS, counted, learn, make
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunewright.core.errors import InterruptedRunError
@@ -307,6 +308,7 @@ def test_torchs_own_refusal_is_known() -> None:
 
 PLAIN: dict[str, Callable[[], Any]] = {
     "llama": MODELS["llama"],
+    "lora": lambda: get_peft_model(MODELS["llama"](), LoraConfig(target_modules="all-linear")),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
 }
 

@@ -10,12 +10,10 @@
 // side in 32 bits. Suffixes: _rows is [tokens, D]; _cols is [D, tokens]; _by_d holds pairs of features [D/2, tokens];
 // _by_t holds pairs of tokens [tokens/2, D].
 
-#include <immintrin.h>
+#include "_vectors.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -25,7 +23,6 @@
 
 namespace {
 
-using bf16 = uint16_t;
 using pair = uint32_t;  // two bf16
 
 constexpr int BLOCK = 64;  // queries, and keys, worked on at once
@@ -129,18 +126,6 @@ inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
     }
 }
 
-inline __m512i halves(__m256i low, __m256i high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-inline __m256i load16(const bf16* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
-
-inline __m512 wide(const bf16* at) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load16(at)), 16));
-}
-
-inline __m256i narrow(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
-
 // The first n of `padded` tokens, and zeros after them
 template <int D>
 void copy(bf16* to_rows, Rows from, int n, int padded) {
@@ -188,7 +173,7 @@ void write_transposed(Rows to, const float* cols, int ld, const float* factor, i
             transpose(r);
             for (int i = 0; i < std::min(16, n - t); ++i) {
                 const __m512 x = _mm512_mul_ps(_mm512_castsi512_ps(r[i]), _mm512_set1_ps(factor[t + i]));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[t + i] + d), narrow(x));
+                store16(to[t + i] + d, narrow(x));
             }
         }
 }
@@ -198,24 +183,11 @@ void write(Rows to, const float* rows, float factor, int n) {
     for (int t = 0; t < n; ++t)
         for (int d = 0; d < D; d += 16) {
             const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(rows + t * D + d), _mm512_set1_ps(factor));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[t] + d), narrow(x));
+            store16(to[t] + d, narrow(x));
         }
 }
 
 // ---- softmax
-
-// 2 to the power of x <= 0 to fp32's precision: a polynomial for the fraction, the exponent for the rest
-inline __m512 exp2(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.327647141e-03f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.675541330e-03f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550713275e-02f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402211972e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931469671e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.000000072e+00f));
-    return _mm512_scalef_ps(p, whole);
-}
 
 // Of 16 queries from `query` on, those that may look at `key`
 inline __mmask16 sees(int key, int query) {
@@ -239,8 +211,6 @@ struct Space {  // one thread's
 };
 
 thread_local Space space;
-
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 
 struct Work {
     Tensor query, key, value, out;
@@ -365,8 +335,8 @@ void backward(const Work& w, int g, int first, int n) {
                             const __m512 p = _mm512_maskz_mov_ps(sees(k + r + i, q + c), exp2(s));
                             const __m512 d = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(shares_grad + at), less));
                             ds[i] = narrow(d);
-                            _mm256_store_si256(reinterpret_cast<__m256i*>(shares + at), narrow(p));
-                            _mm256_store_si256(reinterpret_cast<__m256i*>(scores_grad + at), ds[i]);
+                            store16(shares + at, narrow(p));
+                            store16(scores_grad + at, ds[i]);
                         }
                         _mm512_store_si512(scores_grad_by_t + r / 2 * BLOCK + c, halves(ds[0], ds[1]));
                     }

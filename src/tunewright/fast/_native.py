@@ -62,7 +62,8 @@ def library(name: str) -> ctypes.CDLL:
         OSError: it cannot be written or loaded.
     """
     source = Path(__file__).with_name(f"{name}.cpp")
-    version = hashlib.sha256(source.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()
+    parts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    version = hashlib.sha256(b"".join(parts) + " ".join(_FLAGS).encode()).hexdigest()
     built = cache_folder() / "native" / f"{name}-{version[:16]}.so"
     if not built.exists():
         _build(source, built)

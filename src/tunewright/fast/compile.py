@@ -14,6 +14,7 @@ import torch
 from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _native
+from tunewright.fast._lower_blocks import frozen
 from tunewright.models import anatomy
 
 _COST = 8.0
@@ -25,10 +26,16 @@ runs, computes the same bits.
 _RATE = {"cpu": 1e12, "cuda": 1e14}
 """Floating-point operations a second that a training is taken to reach, to tell how long it will be."""
 
-_RECOMPUTED: dict[str, Any] = {"aggressive_recomputation": True}
+_LITTLE_KEPT: dict[str, Any] = {"aggressive_recomputation": True}
 """Of a block little but its input is kept: a pass of it more costs less than to write what it makes to memory and to
 read it again.
 """
+_CHEAP_MADE_ANEW: dict[str, Any] = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_materialized_backward": False,
+}
+_LITTLE = 768 << 20
+"""Bytes; where blocks would keep no more than that in all, they keep it."""
 _TOKENS = 4096
 """That go through the model at a time on a CPU, since so little is kept of them."""
 
@@ -65,8 +72,9 @@ class Compile(Technique):
         if work.device.type == "cpu" and not work.portion.given:
             work.portion.take(min(work.portion.whole, _TOKENS))
         found = [block for _, block in anatomy.blocks(work.model)]
+        kept = _CHEAP_MADE_ANEW if _keeps_little(work) else _LITTLE_KEPT
         for block in found:
-            block._compiled_call_impl = _compiled(block)
+            block._compiled_call_impl = _compiled(block, kept)
         try:
             yield
         finally:
@@ -74,7 +82,14 @@ class Compile(Technique):
                 block._compiled_call_impl = None
 
 
-def _compiled(block: Any) -> Callable[..., Any]:
+def _keeps_little(work: Work) -> bool:
+    """Whether what the blocks that learn read and write is little, for all tokens that go through at a time."""
+    learning = anatomy.blocks(work.model)[len(frozen(work.model)) :]
+    numbers = sum(anatomy.numbers_per_token(anatomy.linears(block)) for _, block in learning)
+    return bool(min(work.portion.whole, _TOKENS) * numbers * work.model.dtype.itemsize < _LITTLE)
+
+
+def _compiled(block: Any, partition: dict[str, Any]) -> Callable[..., Any]:
     plain = block._call_impl
     compiled: Callable[..., Any] = torch.compile(plain, dynamic=True)
 
@@ -82,7 +97,7 @@ def _compiled(block: Any) -> Callable[..., Any]:
         learning = block.training and torch.is_grad_enabled()
         if not learning:
             return plain(*args, **kwargs)
-        with torch._functorch.config.patch(_RECOMPUTED):
+        with torch._functorch.config.patch(partition):
             return compiled(*args, **kwargs)
 
     return call

@@ -5,6 +5,7 @@ several of them. Here none outlives its part of the rows. As in Cut Cross-Entrop
 and Liger (Hsu et al. 2024, arXiv:2410.10989).
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tunewright.core.words import Words
-from tunewright.fast import Batch, Technique, Work, look
+from tunewright.fast import Batch, Technique, Work, _native, look
 from tunewright.models import anatomy, likelihood
 
+_CODE = "_softmax"
 _LOGITS_BYTES = 64 << 20
 """Of one part of the rows; a matrix product of fewer rows is slower."""
 _MOST_ROWS = 512
@@ -43,8 +45,12 @@ class CrossEntropy(Technique):
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
         """:func:`likelihood.token_losses` goes this way."""
-        with likelihood.computed_by(work.model, lambda before: losses):
-            yield
+        _native.why_not(_CODE)  # built where it can be
+        try:
+            with likelihood.computed_by(work.model, lambda before: losses):
+                yield
+        finally:
+            _rooms.clear()
 
 
 def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -185,9 +191,12 @@ class _Sums:
         rows = max(
             _SOFTMAX_ROWS, min(_MOST_ROWS, _LOGITS_BYTES // (len(weight_VD) * weight_VD.element_size()))
         )
+        room_CV = _room(states_ND, rows, len(weight_VD))
         for first in range(0, len(labels_N), rows):
             part = slice(first, first + rows)
-            logits_CV = F.linear(states_ND[part], weight_VD, bias_V)
+            logits_CV = torch.mm(states_ND[part], weight_VD.t(), out=room_CV[: len(labels_N) - first])
+            if bias_V is not None:
+                logits_CV += bias_V
             found[part] = _to_gradients(logits_CV, labels_N[part], self._needed)
             if counts_N is not None:
                 logits_CV *= counts_N[part, None].to(logits_CV.dtype)
@@ -206,8 +215,21 @@ class _Sums:
             self.bias_V += grads_CV.sum(0, dtype=torch.float32)
 
 
+_rooms: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _room(like: Tensor, rows: int, words: int) -> Tensor:
+    """Where logits are made, the same at every step: freed, it would be a hole in memory that others nibble at."""
+    key = like.device, like.dtype, rows, words
+    if key not in _rooms:
+        _rooms[key] = like.new_empty(rows, words)
+    return _rooms[key]
+
+
 def _to_gradients(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
     """Losses [C]; the logits are overwritten by the losses' gradient if that is needed."""
+    if _CODE in _native.BUILT and logits_CV.dtype == torch.bfloat16 and logits_CV.device.type == "cpu":
+        return _by_code(logits_CV, labels_C, needed)
     found = []
     for logits, labels in _pieces(_SOFTMAX_ROWS, logits_CV, labels_C):
         exact = logits.float()  # the same tensor if it is fp32
@@ -220,6 +242,14 @@ def _to_gradients(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
             exact.scatter_add_(1, own_C1, exact.new_full(own_C1.shape, -1.0))
             logits.copy_(exact)
     return torch.cat(found) if found else logits_CV.new_empty(0, dtype=torch.float32)
+
+
+def _by_code(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
+    losses_C, labels_C = torch.empty(len(labels_C), dtype=torch.float32), labels_C.contiguous()
+    logits, labels, found = (ctypes.c_void_p(x.data_ptr()) for x in (logits_CV, labels_C, losses_C))
+    sizes = map(ctypes.c_int64, (*logits_CV.shape, logits_CV.stride(0)))
+    _native.library(_CODE).losses(logits, *sizes, labels, found, int(needed))
+    return losses_C
 
 
 def _pieces(rows: int, one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ Works on a model whose tensors are on the ``meta`` device as well: nothing here 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,14 @@ def linears(model: nn.Module) -> list[Linear]:
     """All linear layers but the output head."""
     head = output_head(model)
     return [linear(name, m) for name, m in model.named_modules() if _is_linear(m) and m is not head]
+
+
+def numbers_per_token(layers: Iterable[Linear]) -> int:
+    """How many numbers linear layers read and write for a token; LoRA's pairs read and write what their layer does."""
+    return sum(
+        2 * min(layer.inputs, layer.outputs) if ".lora_" in layer.name else layer.inputs + layer.outputs
+        for layer in layers
+    )
 
 
 def targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[Linear]:

@@ -128,22 +128,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_roomy(model: Any, tokens: int) -> bool:
     """Whether learning from so many tokens at once leaves half of the free memory of a CPU free, at the very most.
 
-    What every linear layer reads and writes is counted as kept, and as much again, and half, for what lies between;
-    four times the logits in fp32, a gradient and two moments. Plain training keeps 50 to 95 % of that.
+    What every linear layer reads and writes is counted as kept, and as much again for what lies between; four times
+    the logits in fp32, a gradient and two moments. Plain training keeps 55 to 95 % of that.
     """
     parameters = list(model.parameters())
     stacked = any(p.dim() > 2 for p in parameters)  # experts in one tensor are no linear layers
-    drops = any(
-        isinstance(m, torch.nn.Dropout) and m.p for m in model.modules()
-    )  # attention keeps its scores then
+    # With dropout attention keeps its scores.
+    drops = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
     if stacked or drops or parameters[0].device.type != "cpu":
         return False
-    kept = (
-        sum(layer.inputs + layer.outputs for layer in anatomy.linears(model)) * parameters[0].element_size()
-    )
+    kept = anatomy.numbers_per_token(anatomy.linears(model)) * parameters[0].element_size()
     vocabulary = len(getattr(anatomy.output_head(model), "weight", ()))
     learned = sum(p.numel() for p in parameters if p.requires_grad)
-    return bool(tokens * (2.5 * kept + 16 * vocabulary) + 12 * learned < available_memory() / 2)
+    return bool(tokens * (2 * kept + 16 * vocabulary) + 12 * learned < available_memory() / 2)
 
 
 def fitting(

@@ -73,19 +73,25 @@ class Masters:
     def gather(self, scale: float = 1.0) -> float:
         """Move the gradients, divided by ``scale``, to the masters; clip; return the norm before clipping.
 
-        The norm is NaN or infinite if a gradient is: :meth:`bad_gradients` says which.
+        The norm is NaN or infinite if a gradient is, and nothing is clipped then: :meth:`bad_gradients` says which.
         """
         for name, master in self.masters.items():
-            gradient = self.parameters[name].grad
-            master.grad = None if gradient is None else gradient.to(torch.float32, copy=True)
+            parameter = self.parameters[name]
+            master.grad = None if parameter.grad is None else parameter.grad.to(torch.float32)
+            parameter.grad = None  # before the next one is copied: never all of them twice
             if master.grad is not None and scale != 1.0:
                 master.grad.div_(scale)
-        return float(torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip))
+        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+        if norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip, norm)
+        return float(norm)
 
     def bad_gradients(self) -> list[str]:
-        """Names of the parameters whose gradient holds a NaN or an infinity."""
-        # Not the masters': clipping by a norm that is NaN has made all of those NaN.
-        return guard.not_finite((n, p.grad) for n, p in self.parameters.items() if p.grad is not None)
+        """Names of the parameters whose gradient, or that of their master, holds a NaN or an infinity."""
+        found = {
+            n: p.grad for n, p in (*self.masters.items(), *self.parameters.items()) if p.grad is not None
+        }
+        return guard.not_finite(found.items())
 
     @torch.no_grad()
     def step(self, factor: float, and_then: Callable[[], None] | None = None) -> None:
