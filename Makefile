@@ -44,8 +44,9 @@ faults: .venv/.installed-test
 	status=$$?; $(BIN)/python tests/faults/document.py .venv/faults.jsonl docs && exit $$status
 
 # Goes on where it was stopped; runs/benchmarks has the log. Peers that are not installed are left out, and told.
+# Compiled code is kept between a system's runs: the first one on a machine takes half a minute longer.
 bench: .venv/.installed-test
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --caches warm
 
 bench-peers: .venv-peers/.installed .venv-llamafactory/.installed
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
@@ -73,13 +74,27 @@ class Compile(Technique):
             work.portion.take(min(work.portion.whole, _TOKENS))
         found = [block for _, block in anatomy.blocks(work.model)]
         kept = _CHEAP_MADE_ANEW if _keeps_little(work) else _LITTLE_KEPT
-        for block in found:
-            block._compiled_call_impl = _compiled(block, kept)
+        ways = [_compiled(block, kept) for block in found]
+        if not frozen(work.model):
+            ways[0] = _asking(ways[0])
+        for block, way in zip(found, ways, strict=True):
+            block._compiled_call_impl = way
         try:
             yield
         finally:
             for block in found:
                 block._compiled_call_impl = None
+
+
+def _asking(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The first block's input asks for a gradient as all others' do: else it would be compiled for itself alone."""
+
+    def call(states_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not states_BTD.requires_grad:
+            states_BTD = states_BTD.detach().requires_grad_()
+        return compiled(states_BTD, *args, **kwargs)
+
+    return call
 
 
 def _keeps_little(work: Work) -> bool:
