@@ -88,6 +88,8 @@ SAME: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "patterns": (llama, PATTERNS),
     "biases": (qwen2, PATTERNS),
     "rank one": (llama, {"r": 1}),
+    "dora": (llama, {"use_dora": True}),
+    "dora with biases": (qwen2, {"use_dora": True, "use_rslora": True, **PATTERNS}),
     "a rank over the width": (llama, {"r": 60}),
     "the head": (llama, {"target_modules": ["q_proj", "lm_head"]}),
     "the last block": (llama, {"layers_to_transform": [1]}),
@@ -145,7 +147,6 @@ def thawed() -> Any:
 LEFT_ALONE = {
     "full": llama,
     "dropout": lambda: adapted(lora_dropout=0.1),
-    "dora": lambda: adapted(use_dora=True),
     "adapters with biases": lambda: adapted(qwen2, target_modules=["q_proj"], lora_bias=True),
     "conv1d": lambda: adapted(gpt2, target_modules="all-linear", fan_in_fan_out=True),
     "an embedding": lambda: adapted(target_modules=["embed_tokens"]),

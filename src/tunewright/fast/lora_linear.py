@@ -3,6 +3,9 @@
 A LoRA layer has seven small products beside its large ones, and each reads or writes a whole activation again. Here the
 layers of a block that are given the same tensor (query, key and value; gate and up) are one: y = [x | xA] · [W | sB],
 where W, the frozen weights of all of them, and B lie in one matrix. The gradient of W is never formed.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353) besides scales each output by its magnitude over the norm of its row of W + sBA.
+That sum is never formed either: |w + sbA|² = |w|² + 2s·b·(Aw) + s²·b(AAᵀ)bᵀ.
 """
 
 from collections.abc import Iterator
@@ -27,7 +30,7 @@ class LoraLinear(Technique):
     )
 
     def why_not(self, work: Work) -> str:
-        """Plain LoRA on linear layers without dropout is needed."""
+        """LoRA or DoRA on linear layers without dropout is needed."""
         if work.autocast:
             return "numbers are cast in each layer"
         return "" if _layers(work.model) else "no plain LoRA layers without dropout"
@@ -52,8 +55,14 @@ def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
 
 
+def _dora() -> Any:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    return DoraLinearVariant
+
+
 def _is_plain(layer: Any) -> bool:
-    """One LoRA adapter on a frozen linear layer, nothing else done to it, all of one kind of number."""
+    """One LoRA or DoRA adapter on a frozen linear layer, nothing else done to it, all of one kind of number."""
     active, base = layer.active_adapters, layer.base_layer
     if len(active) != 1 or active[0] not in layer.lora_A or type(base) is not nn.Linear:
         return False
@@ -64,7 +73,7 @@ def _is_plain(layer: Any) -> bool:
     tensors = [base.weight, down.weight, up.weight]
     return (
         not base.weight.requires_grad
-        and not layer.lora_variant.get(name)
+        and type(layer.lora_variant.get(name)) in (type(None), _dora())
         and not (layer.training and getattr(layer.lora_dropout[name], "p", 0.0))
         and up.bias is None
         and all(t.dtype == base.weight.dtype and t.device == base.weight.device for t in tensors)
@@ -109,6 +118,8 @@ class _Group:
         self.ups = [layer.lora_B[name].weight for layer, name in zip(layers, names, strict=True)]
         self.scales = [float(layer.scaling[name]) for layer, name in zip(layers, names, strict=True)]
         self.biases = [layer.base_layer.bias for layer in layers]
+        self.magnitudes = [_magnitude(layer, name) for layer, name in zip(layers, names, strict=True)]
+        self.norms = [None if m is None else torch.ones_like(m, requires_grad=False) for m in self.magnitudes]
         self.sizes = [len(up) for up in self.ups]
         self.inputs = self.downs[0].shape[1]
         self.given: Tensor | None = None
@@ -126,12 +137,15 @@ class _Group:
         )
         row, column = 0, self.inputs
         self._slots: list[Tensor] = []
+        self._rows: list[Tensor] = []
         for layer, up in zip(self.layers, self.ups, strict=True):
             own = self.joint_NK[row : row + len(up)]
             own[:, : self.inputs] = layer.base_layer.weight.data
             layer.base_layer.weight.data = own[:, : self.inputs]
             self._slots.append(own[:, column : column + up.shape[1]])
+            self._rows.append(own[:, : self.inputs])
             row, column = row + len(up), column + up.shape[1]
+        self._squares = [_exact(weight).square().sum(1) for weight in self._rows]
 
     def refresh(self) -> None:
         """Put B, times its scale, beside W; what did not change may be needed by a backward pass as it is."""
@@ -142,6 +156,16 @@ class _Group:
             scaled = up * scale
             if not torch.equal(slot, scaled):
                 slot.copy_(scaled)
+        for place, norm in enumerate(self.norms):
+            if norm is not None:
+                norm.copy_(self._norm(place))
+
+    def _norm(self, place: int) -> Tensor:
+        """Of each row of W + sBA [N]."""
+        down, up, scale = _exact(self.downs[place]), _exact(self.ups[place]), self.scales[place]
+        crossed_N = (_exact(self._rows[place] @ self.downs[place].t()) * up).sum(1)
+        added_N = (up @ (down @ down.t()) * up).sum(1)
+        return (self._squares[place] + 2 * scale * crossed_N + scale**2 * added_N).sqrt()
 
     def _member(self, place: int) -> Any:
         plain = self.layers[place].forward
@@ -162,7 +186,13 @@ class _Group:
         x_MI = x.reshape(-1, self.inputs)
         y_MN = _lora(x_MI, self.joint_NK, torch.cat(self.downs), self.ups, self.scales)[0]
         parts = y_MN.view(*x.shape[:-1], -1).split(self.sizes, -1)
-        return [y if bias is None else y + bias for y, bias in zip(parts, self.biases, strict=True)]
+        return [self._finished(place, y) for place, y in enumerate(parts)]
+
+    def _finished(self, place: int, y: Tensor) -> Tensor:
+        magnitude, norm, bias = self.magnitudes[place], self.norms[place], self.biases[place]
+        if magnitude is not None:
+            y = y * (magnitude / norm)
+        return y if bias is None else y + bias
 
     def dissolve(self) -> None:
         """Every layer has its own weights and forward again."""
@@ -170,6 +200,17 @@ class _Group:
             del layer.forward
             own = layer.base_layer.weight.data
             layer.base_layer.weight.data = own.clone(memory_format=torch.contiguous_format)
+
+
+def _magnitude(layer: Any, name: str) -> Tensor | None:
+    if not layer.lora_variant.get(name):
+        return None
+    weight: Tensor = layer.lora_magnitude_vector[name].weight
+    return weight
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("tunewright::lora", mutates_args=())
