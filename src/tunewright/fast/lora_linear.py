@@ -190,7 +190,7 @@ class _Group:
 
     def _finished(self, place: int, y: Tensor) -> Tensor:
         magnitude, norm, bias = self.magnitudes[place], self.norms[place], self.biases[place]
-        if magnitude is not None:
+        if magnitude is not None and norm is not None:
             y = y * (magnitude / norm)
         return y if bias is None else y + bias
 
