@@ -105,14 +105,15 @@ def _keeps_little(work: Work) -> bool:
 
 
 def _compiled(block: Any, partition: dict[str, Any]) -> Callable[..., Any]:
-    plain = block._call_impl
-    compiled: Callable[..., Any] = torch.compile(plain, dynamic=True)
+    plain, made = block._call_impl, list[Callable[..., Any]]()
 
     def call(*args: Any, **kwargs: Any) -> Any:
         learning = block.training and torch.is_grad_enabled()
         if not learning:
             return plain(*args, **kwargs)
+        if not made:
+            made.append(torch.compile(plain, dynamic=True))
         with torch._functorch.config.patch(partition):
-            return compiled(*args, **kwargs)
+            return made[0](*args, **kwargs)
 
     return call
