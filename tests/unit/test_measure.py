@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tunewright.core.errors import HardwareError
 from tunewright.data.template import ChatCodec
 from tunewright.objectives.sft import Config, Sft
 from tunewright.train.measure import HeldOut
@@ -99,7 +100,9 @@ def test_if_not_even_one_sample_fits_the_error_is_raised_and_the_model_is_as_it_
     make_held_out: MakeHeldOut, make_model: Any
 ) -> None:
     limited = Limited(make_model(), 3).train()
-    with pytest.raises(RuntimeError, match="not enough memory"):
+    with pytest.raises(
+        HardwareError, match=r"data.valid: one sample alone is too much .* \d+ tokens; fix: lower"
+    ):
         make_held_out(4).loss(limited)
     assert limited.training
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunewright.core.errors import InterruptedRunError
+from tunewright.core.errors import HardwareError, InterruptedRunError, Problem
 from tunewright.models import anatomy
 from tunewright.models.inspect import available_memory
 
@@ -141,6 +141,18 @@ def is_roomy(model: Any, tokens: int) -> bool:
     vocabulary = len(getattr(anatomy.output_head(model), "weight", ()))
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     return bool(tokens * (2 * kept + 16 * vocabulary) + 12 * learned < available_memory() / 2)
+
+
+@contextmanager
+def one_sample_fits(where: str, longest: int, fix: str = "lower data.max_length") -> Iterator[None]:
+    """Within, what is out of memory cannot be cut any smaller: HardwareError. ``longest`` is in tokens."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"one sample alone is too much for the memory; the longest has {longest} tokens"
+        raise HardwareError(Problem(where, what, fix)) from error
 
 
 def fitting(

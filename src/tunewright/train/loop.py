@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tunewright import fast
-from tunewright.core.errors import DivergedError, HardwareError, Problem
+from tunewright.core.errors import DivergedError
 from tunewright.core.events import EventLog
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.tokens import Mixture, Sample
@@ -283,15 +283,9 @@ class Trainer:
             self.state.micro_tokens = budget
             self.log.emit("out-of-memory", step=self.state.step + 1, micro_tokens=budget)
 
-        try:
+        fix = "lower data.max_length, or set train.gradient_checkpointing: true"
+        with guard.one_sample_fits("train", int(self.data.lengths.max()), fix):
             return guard.fitting(self._budget, 1, work, tell)
-        except (RuntimeError, MemoryError) as error:
-            if not guard.is_out_of_memory(error):
-                raise
-            longest = int(self.data.lengths.max())
-            what = f"one sample alone is too much for the memory; the longest has {longest} tokens"
-            fix = "lower data.max_length, or set train.gradient_checkpointing: true"
-            raise HardwareError(Problem("train", what, fix)) from error
 
     def _pass(self, indices: np.ndarray, budget: int) -> Pass:
         return self.passes.over(self.feed.micro_batches(indices, budget), self.clock, self._scale)

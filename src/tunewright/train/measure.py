@@ -39,7 +39,8 @@ class HeldOut:
             self.budget = budget
             tell(budget)
 
-        return guard.fitting(self.budget, 1, lambda budget: self._mean(model, batches(budget)), smaller)
+        with guard.one_sample_fits("data.valid", int(self._lengths.max())):
+            return guard.fitting(self.budget, 1, lambda budget: self._mean(model, batches(budget)), smaller)
 
     def _batches(self, budget: int) -> list[np.ndarray]:
         return cut(self._order, self._lengths, budget)
