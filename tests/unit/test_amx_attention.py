@@ -175,6 +175,13 @@ def test_without_matrix_units(anew: Any, monkeypatch: Any) -> None:
 
 
 @needs_units
+def test_a_c_compiler_will_do(anew: Any, monkeypatch: Any) -> None:
+    """Some libraries set CXX to gcc."""
+    monkeypatch.setenv("CXX", "gcc")
+    assert anew("_amx_attention") == ""
+
+
+@needs_units
 def test_it_is_built_once(anew: Any, monkeypatch: Any, tmp_path: Any) -> None:
     assert anew("_amx_attention") == ""
     (built,) = tmp_path.rglob("*.*")

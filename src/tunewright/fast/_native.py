@@ -17,6 +17,8 @@ from tunewright.core.paths import cache_folder
 _UNITS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma",
           *(f"-m{unit.replace('avx512_', 'avx512').replace('_', '-')}" for unit in _UNITS))  # fmt: skip
+_LIBRARIES = ("-lstdc++", "-lm")
+"""Which a C++ compiler adds by itself and a C compiler does not: $CXX may name one."""
 _CPU = Path("/proc/cpuinfo")
 _BUILD_SECONDS = 120
 _DENIED = "the system denies matrix units"
@@ -63,7 +65,7 @@ def library(name: str) -> ctypes.CDLL:
     """
     source = Path(__file__).with_name(f"{name}.cpp")
     parts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    version = hashlib.sha256(b"".join(parts) + " ".join(_FLAGS).encode()).hexdigest()
+    version = hashlib.sha256(b"".join(parts) + " ".join(_FLAGS + _LIBRARIES).encode()).hexdigest()
     built = cache_folder() / "native" / f"{name}-{version[:16]}.so"
     if not built.exists():
         _build(source, built)
@@ -74,7 +76,7 @@ def _build(source: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_suffix(f".{os.getpid()}")  # two processes may build at once; the last one's file stays
     try:
-        command = [str(compiler()), *_FLAGS, str(source), "-o", str(partial)]
+        command = [str(compiler()), *_FLAGS, str(source), "-o", str(partial), *_LIBRARIES]
         subprocess.run(  # noqa: S603 - the compiler that the user has
             command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS
         )
