@@ -21,7 +21,8 @@ def of_targets(language: str, results: Tree, plan: Tree) -> str:
         if target["met"] is not None:
             reached, met = _number(target, target["reached"]), words["yes" if target["met"] else "no"]
         lines.append(f"| {target['workload']} | {aim} | {_bound(target)} | {reached} | {met} |")
-        if note := target.get("note", {}).get(language):
+        note = target.get("note", {}).get(language)
+        if note and target["met"] is False:
             notes.append(f"- {target['workload']}, {aim}: {note}")
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
