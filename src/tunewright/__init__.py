@@ -18,14 +18,18 @@ __all__ = ["load", "run"]
 
 
 def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: bool = False,
-        allow_drift: bool = False, **overrides: Any) -> "Run":  # fmt: skip
+        allow_drift: bool = False, start: str = "", only: str = "", **overrides: Any) -> "Run":  # fmt: skip
     """Run a recipe file (or mapping) with overrides, such as ``train={"max_steps": 10}``.
+
+    ``start`` makes that stage and all that depend on it anew; ``only`` runs no other.
 
     Raises UserError with every problem of recipe, model, data and machine before any compute.
     """
     from tunewright import pipeline
+    from tunewright.agenda import Wish
 
-    return pipeline.run(pipeline.load(recipe, overrides), quiet=quiet, fresh=fresh, allow_drift=allow_drift)
+    loaded = pipeline.load(recipe, overrides)
+    return pipeline.run(loaded, quiet=quiet, fresh=fresh, allow_drift=allow_drift, wish=Wish(start, only))
 
 
 def load(name: str, precision: str = "", template: str = "auto") -> "Speaker":

@@ -29,6 +29,7 @@ class Listed(StrEnum):
 
     methods = "methods"
     objectives = "objectives"
+    regularizers = "regularizers"
     optimizers = "optimizers"
     fast = "fast"
     models = "models"
@@ -68,15 +69,25 @@ def run(
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Go on although inputs changed.")
     ] = False,
+    start: Annotated[
+        str, typer.Option("--from", help="Make this stage, and all that depend on it, anew.")
+    ] = "",
+    only: Annotated[str, typer.Option(help="Only this stage.")] = "",
+    plan: Annotated[bool, typer.Option("--plan", help="Tell what would run, and why; run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe; running it again resumes it. Dials: train.lr=1e-4 data.train=my.jsonl output=runs/x."""
-    from tunewright import pipeline
+    from tunewright import agenda, pipeline
     from tunewright.train import guard
 
     guard.Preemption.lasting = True
-    loaded = pipeline.load(recipe, overrides or [])
-    finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift)
+    loaded, wish = pipeline.load(recipe, overrides or []), agenda.Wish(start, only)
+    if plan:
+        tasks = pipeline.plan(loaded, wish, allow_drift)
+        told = [{"stage": task.name, "action": task.action, "why": task.why} for task in tasks]
+        _say({"status": "planned", "stages": told}) if as_json else typer.echo("\n".join(agenda.lines(tasks)))
+        return
+    finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift, wish=wish)
     if as_json:
         _say({"run": str(finished.folder), "status": "finished", "results": finished.results})
     else:
@@ -189,7 +200,7 @@ def doctor(
 
 @app.command("list")
 def list_(what: Listed, as_json: Json = False) -> None:
-    """List methods, objectives, optimizers, models, templates or data; or print the recipe's JSON schema."""
+    """List methods, objectives, regularizers, optimizers, models, templates or data; or print the recipe's JSON schema."""
     from tunewright import catalogue, examine
 
     if what is Listed.schema:

@@ -64,7 +64,7 @@ def evaluate(model: str, paths: Sequence[str], limit: int = 400, max_new_tokens:
     data = DataConfig.model_validate({"train": paths, "valid": paths})
     name = "sft" if _has_conversations(data) else "pretrain"
     objective = _objective(name, speaker.codec)
-    if objective.wants_conversations:
+    if objective.wants != "texts":
         speaker.codec.require_template()
     preparation = prepare.Preparation(objective.encode, speaker.codec.key() | {"objective": name}, "stop")
     samples, _ = prepare.mixture(preparation, data, seed=0)

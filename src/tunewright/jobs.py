@@ -1,29 +1,47 @@
 """From a recipe to jobs that can run: everything is looked at first, all problems are told together."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
-from tunewright import methods, objectives, optimizers
+from tunewright import methods, objectives, optimizers, regularizers
 from tunewright.core import machine, store
-from tunewright.core.errors import HardwareError, ModelError, Problem, UserError
+from tunewright.core.errors import HardwareError, ModelError, Problem, UserError, nearest
 from tunewright.core.paths import folder_to_make
 from tunewright.core.units import human_bytes
-from tunewright.data import lint, prepare
+from tunewright.data import formats, lint, prepare
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Mixture
 from tunewright.models import inspect
 from tunewright.models.load import ModelSource, best_device, find, fingerprint, load_tokenizer, outline
+from tunewright.objectives import _rewards as rewards
 from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import as_data
+from tunewright.regularizers import Regularizer
 from tunewright.train import readers
 
 Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Data that the model knew before, and the objective that tells how well."""
+
+    objective: objectives.Objective
+    samples: Mixture
+
+    def sha256(self) -> list[str]:
+        """Of its files."""
+        return [table.facts["sha256"] for table in self.samples.tables]
+
+    def batches(self, device: Any) -> Iterator[objectives.Batch]:
+        """One sample each."""
+        return (self.objective.batch([sample], device) for sample in self.samples)
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,13 @@ class Job:
     data: Mixture
     valid: Mixture
     asked: Sequence[Row]
+    regularizers: Sequence[Regularizer] = ()
+    looked_at: Sequence["Known | None"] = ()
+    """Old data of each regularizer."""
+    old: Mapping[str, "Known"] = field(default_factory=dict)
+    """Old data that are measured, by what the recipe calls them."""
+    judges: Mapping[str, "Job"] = field(default_factory=dict)
+    """Jobs whose results are the reward models that this one asks, by their names among its rewards."""
     parent: "Job | None" = None
     """The job whose result this one starts from."""
 
@@ -46,6 +71,11 @@ class Job:
     def earlier(self) -> str:
         """The earlier stage whose result this one starts from, or an empty string."""
         return self.parent.stage.name if self.parent else ""
+
+    @property
+    def needs(self) -> list[str]:
+        """The earlier stages whose results this one uses."""
+        return [*([self.earlier] if self.earlier else []), *(job.stage.name for job in self.judges.values())]
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -61,6 +91,8 @@ class Job:
             "tokenizer_sha256": store.sha256_json(self.codec.tokenizer.backend_tokenizer.to_str()),
             "template_sha256": store.sha256_json(self.codec.tokenizer.chat_template or ""),
             "data_sha256": [table.facts["sha256"] for table in self.data.tables],
+            "judges_sha256": {name: job.sha256() for name, job in self.judges.items()},
+            "old_sha256": [known.sha256() if known else [] for known in self.looked_at],
             "valid_sha256": [table.facts["sha256"] for table in self.valid.tables],
             "versions": machine.versions(),
             "machine": machine.identity(),
@@ -122,16 +154,38 @@ def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[
         found += error.problems
         found += _lint_only(stage.data)
         return None
-    objective = objectives.create(stage.objective, plugin_config("objectives", stage.objective), codec)
     try:
-        data, valid = _data(stage, objective, codec, progress)
+        objective = objectives.create(stage.objective, plugin_config("objectives", stage.objective), codec)
+        held = regularizers.create(stage.regularizers, lambda choice: plugin_config("regularizers", choice))
+        data, valid = _data(stage, objective, codec, progress, held)
+        looked_at, old = _old(stage, codec, progress, held)
+        rewards.find(stage.evaluate.rewards)  # all that is wrong with them is told now
         asked = prepare.held_out_rows(stage.data, stage.evaluate.limit) if _asks(stage, codec) else []
     except UserError as error:
         found += error.problems
         return None
+    judges = _judges(objective, earlier, found)
     parent = earlier.get(stage.model.removeprefix("stage:")) if stage.model.startswith("stage:") else None
     optimizer = optimizers.create(stage.optimizer, plugin_config("optimizers", stage.optimizer))
-    return Job(stage, source, method, objective, optimizer, codec, data, valid, asked, parent)
+    return Job(
+        stage, source, method, objective, optimizer, codec, data, valid, asked, held, looked_at, old, judges,
+        parent,
+    )  # fmt: skip
+
+
+def _judges(objective: objectives.Objective, earlier: dict[str, Job], found: list[Problem]) -> dict[str, Job]:
+    """The stages that make the reward models an objective asks."""
+    judges: dict[str, Job] = {}
+    for name in objective.asks_for():
+        if not name.startswith("stage:"):
+            continue
+        job = earlier.get(name.removeprefix("stage:"))
+        if job is None or job.stage.objective["name"] != "reward":
+            what = f"{name} is no earlier stage with objective: reward"
+            found.append(Problem("objective.rewards", what, nearest(name[6:], earlier) if earlier else ""))
+        else:
+            judges[name] = job
+    return judges
 
 
 def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tuple[ModelSource, ChatCodec]:
@@ -155,7 +209,7 @@ def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tup
     if problems:
         raise HardwareError(problems)
     codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source, method))
-    if objectives.kind(stage.objective["name"]).wants_conversations:
+    if objectives.kind(stage.objective["name"]).wants != "texts":
         codec.require_template()
     return source, codec
 
@@ -213,15 +267,60 @@ def _lint_only(data: DataConfig) -> list[Problem]:
 
 
 def _data(
-    stage: Stage, objective: objectives.Objective, codec: ChatCodec, progress: Progress
-) -> tuple[Mixture, Mixture]:
+    stage: Stage, objective: objectives.Objective, codec: ChatCodec, progress: Progress,
+    held: Iterable[Regularizer],
+) -> tuple[Mixture, Mixture]:  # fmt: skip
     key = codec.key() | {"objective": stage.objective}
     preparation = prepare.Preparation(objective.encode, key, stage.data.on_bad_row, progress)
-    return prepare.mixture(preparation, stage.data, stage.train.seed)
+    replayed = [prepare.Replayed(one.old, one.share()) for one in held if one.share()]
+    if sum(old.share for old in replayed) >= 1:
+        raise UserError(
+            Problem("regularizers", "nothing new is left beside what is replayed", "lower the ratios")
+        )
+    return prepare.mixture(preparation, stage.data, stage.train.seed, replayed)
+
+
+def _old(
+    stage: Stage, codec: ChatCodec, progress: Progress, held: Sequence[Regularizer]
+) -> tuple[tuple[Known | None, ...], dict[str, Known]]:
+    """What regularizers look at, and what is measured before and after. UserError for all that is wrong with it."""
+    problems: list[Problem] = []
+
+    def made(files: Any) -> Known | None:
+        try:
+            return _known(files, stage, codec, progress)
+        except UserError as error:
+            problems.extend(error.problems)
+            return None
+
+    for place, one in enumerate(held):
+        if one.wants_old and not one.old:
+            what = f"{stage.regularizers[place]['name']} needs old data"
+            problems.append(Problem(f"regularizers.{place}.data", what, "name files"))
+    looked_at = tuple(made(one.old) if one.old and not one.share() else None for one in held)
+    measured = stage.evaluate.old if stage.evaluate.enabled else {}
+    known = {name: made(files) for name, files in measured.items()}
+    if problems:
+        raise UserError(problems)
+    return looked_at, {name: old for name, old in known.items() if old}
+
+
+def _known(files: Any, stage: Stage, codec: ChatCodec, progress: Progress) -> Known:
+    """Conversations are told by ``sft``, texts by ``pretrain``."""
+    data = DataConfig(train=files, valid_share=0, on_bad_row=stage.data.on_bad_row)
+    rows = (row for source in prepare.sources(data.train) for row in formats.read(source))
+    first = next((row for row in rows if isinstance(row, Row)), None)
+    choice = {"name": "sft" if first and first.messages else "pretrain"}
+    objective = objectives.create(choice, plugin_config("objectives", choice), codec)
+    preparation = prepare.Preparation(
+        objective.encode, codec.key() | {"objective": choice}, data.on_bad_row, progress
+    )
+    return Known(objective, prepare.mixture(preparation, data, 0)[0])
 
 
 def _asks(stage: Stage, codec: ChatCodec) -> bool:
-    return stage.evaluate.enabled and stage.evaluate.generate and codec.has_template
+    speaks = objectives.kind(stage.objective["name"]).speaks
+    return speaks and stage.evaluate.enabled and stage.evaluate.generate and codec.has_template
 
 
 def with_source(job: Job, source: ModelSource) -> Job:

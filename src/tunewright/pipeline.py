@@ -6,22 +6,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunewright import doctor, drifts, jobs, methods, recipes
+from tunewright import agenda, doctor, drifts, jobs, methods, recipes
 from tunewright.core import events, lock, machine, paths, store
 from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.prepare import statistics
-from tunewright.evaluate import card, report
+from tunewright.evaluate import card, judge, report
 from tunewright.evaluate.harness import Examination
 from tunewright.jobs import Job
 from tunewright.models.load import ModelSource, find
 from tunewright.recipes import Recipe, to_yaml
+from tunewright.regularizers import Old
 from tunewright.runs import Run
+from tunewright.serve import speaker
 from tunewright.train import guard, ledger, readers
 from tunewright.train.loop import Trainer
+from tunewright.train.measure import HeldOut
 from tunewright.train.state import TrainState
 
 Tree = dict[str, Any]
+NO_WISH = agenda.Wish()
 _TOLD = 20
 """Rows left out that are told during a run; the token table, results and report have them all."""
 Source = str | Path | Mapping[str, Any]
@@ -35,7 +39,28 @@ def load(source: Source, overrides: Iterable[str] | Mapping[str, Any] = ()) -> R
         raise UserError([*error.problems, *jobs.look(error.trees)]) from None
 
 
-def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: bool = False) -> Run:
+def plan(recipe: Recipe, wish: agenda.Wish = NO_WISH, allow_drift: bool = False) -> list[agenda.Task]:
+    """What :func:`run` would do, and why. Nothing is written but token tables."""
+    folder, todo = paths.given(recipe.output, "output"), jobs.check(recipe)
+    return _agenda(folder, todo, wish, allow_drift)[0]
+
+
+def _agenda(
+    folder: Path, todo: list[Job], wish: agenda.Wish, allow_drift: bool
+) -> tuple[list[agenda.Task], drifts.Drift]:
+    """A run of one stage is the stage: a change of it is refused. Of several, what changed is made anew."""
+    rerun = len(todo) > 1 or bool(wish.start)
+    drift = drifts.between(folder, todo, allow_drift or rerun)
+    return agenda.tasks(folder, todo, drift, wish, insists=allow_drift), drift
+
+
+def run(
+    recipe: Recipe,
+    quiet: bool = False,
+    fresh: bool = False,
+    allow_drift: bool = False,
+    wish: agenda.Wish = NO_WISH,
+) -> Run:
     """Everything the recipe says; running it again reuses what is finished and resumes what is not.
 
     Raises UserError with all problems before any compute; the run folder is untouched then. A signal ends the
@@ -45,6 +70,9 @@ def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: b
         for stage in recipe.stages:
             if stage.trust_remote_code:
                 terminal({"kind": "remote-code", "model": stage.model})
+            for name in (*stage.objective.get("rewards", ()), *stage.evaluate.rewards):
+                if ".py:" in name:
+                    terminal({"kind": "own-code", "file": name.rpartition(":")[0]})
         todo = jobs.check(recipe, terminal.preparing)
         folder = paths.given(recipe.output, "output")
         owned.enter_context(lock.sole_owner(folder))
@@ -52,13 +80,13 @@ def run(recipe: Recipe, quiet: bool = False, fresh: bool = False, allow_drift: b
             _move_aside(folder)
             owned.enter_context(lock.sole_owner(folder))
         store.recover(folder)
-        drift = drifts.between(folder, todo, allow_drift)
+        tasks, drift = _agenda(folder, todo, wish, allow_drift)
         found = doctor.examine(folder).damaged if drifts.is_begun(folder) else []
         log = events.EventLog(folder / "events.jsonl", terminal, *readers.named(recipe.logs, folder))
         try:
             for finding in found:
                 log.emit("damaged", what=f"{folder / finding.path}: {finding.what}")
-            return _Runner(recipe, folder, log, drift, preemption).run(todo)
+            return _Runner(recipe, folder, log, drift, preemption).run(tasks)
         finally:
             log.close()
 
@@ -88,20 +116,21 @@ class _Runner:
         self.preemption = preemption
         self.results: dict[str, Tree] = {}
 
-    def run(self, todo: list[Job]) -> Run:
+    def run(self, tasks: list[agenda.Task]) -> Run:
         store.write_text(self.folder / "recipe.yaml", to_yaml(self.recipe))
         self._manifest("running")
         try:
-            for job in todo:
-                self._stage(job)
+            for task in tasks:
+                self._stage(task)
         except BaseException as error:
             with suppress(StorageError):  # the disk may be what stopped it
                 self._manifest("stopped", reason=type(error).__name__)
             raise
-        results = {"run": self.folder.name, "status": "finished", "stages": list(self.results.values())}
+        status = "partial" if any(task.action == "leave" for task in tasks) else "finished"
+        results = {"run": self.folder.name, "status": status, "stages": list(self.results.values())}
         store.write_record(self.folder / "results.json", results)
         report.write(self.folder)
-        self._manifest("finished")
+        self._manifest(status)
         self.log.emit(
             "end", results=str(self.folder / "results.json"), report=str(self.folder / "report.html")
         )
@@ -111,11 +140,17 @@ class _Runner:
         facts |= {"status": status, "versions": machine.versions(), "hardware": machine.hardware()}
         store.write_record(self.folder / "manifest.json", facts)
 
-    def _stage(self, job: Job) -> None:
+    def _stage(self, task: agenda.Task) -> None:
         """Reuse the stage's result if it is whole, else make it."""
-        name, at = job.stage.name, self.folder / "stages" / job.stage.name
+        job, name, at = task.job, task.name, self.folder / "stages" / task.name
         self.log.context = {"stage": name}
+        if task.action == "leave":
+            return
         differences = self.drift.get(name, [])
+        if task.action == "run anew":
+            older = agenda.set_aside(self.folder, name)
+            self.log.emit("anew", why=task.why, older=str(older or ""))
+            differences = []
         if differences:
             self.log.emit("drift", differences=drifts.told(differences))
         made = self._made(job, at) if all(map(drifts.is_tolerated, differences)) else None
@@ -141,12 +176,21 @@ class _Runner:
             begun()
         if job.earlier:
             job = jobs.with_source(job, self._result_of(job))
+        for name in job.objective.asks_for():
+            job.objective.judges[name] = self._judge(job, name)
         left_out = [str(problem) for problem in (*job.data.problems, *job.valid.problems)]
         if left_out:
             self.log.emit("skipped", count=len(left_out), rows=left_out[:_TOLD])
         metrics = _StageRun(job, at, self.log, drifted, self.preemption).run(begun)
         store.write_record(at / "metrics.json", metrics)
         return metrics
+
+    def _judge(self, job: Job, name: str) -> Any:
+        """A reward model, loaded when it is asked the first time."""
+        kind, _, place = name.partition(":")
+        folder = str(self.folder / "stages" / place) if kind == "stage" else place
+        choice = job.judges[name].stage.objective if kind == "stage" else {"name": "reward"}
+        return judge.Judge(partial(speaker.load, folder, job.stage.precision), choice)
 
     def _result_of(self, job: Job) -> ModelSource:
         """The earlier stage's model; an adapter is merged and saved as this stage's base."""
@@ -164,6 +208,13 @@ class _Runner:
                 method.merge(model).save_pretrained(target)
                 job.codec.tokenizer.save_pretrained(target)
         return find(str(base))
+
+
+def _loss(objective: Any, model: Any, batch: Any) -> Any:
+    from tunewright.models.announce import announced
+
+    with announced(model, batch):
+        return objective.loss(model, batch)[0]
 
 
 class _StageRun:
@@ -194,7 +245,7 @@ class _StageRun:
         trainer = Trainer(
             model, self.job.method, self.job.objective, self.job.data, self.job.valid, stage.train,
             stage.precision, self.log, self.folder, self.preemption, self.job.optimizer,
-            stage.fast,
+            stage.fast, self.job.regularizers, self._old(model),
         )  # fmt: skip
         state = trainer.run(resumed)
         trainer.optimizer.release()  # what fitted beside it before training fits after it
@@ -202,6 +253,14 @@ class _StageRun:
         metrics = self._metrics(model, trainer, state, before, after)
         self._save(model, metrics)
         return metrics
+
+    def _old(self, model: Any) -> list[Old | None]:
+        """What each regularizer may look at."""
+        device = next(model.parameters()).device
+        return [
+            Old(partial(known.batches, device), partial(_loss, known.objective)) if known else None
+            for known in self.job.looked_at
+        ]
 
     def _measure(self, model: Any, when: str) -> Tree:
         """Scores, from the file if this stage measured them before a kill."""
@@ -216,9 +275,15 @@ class _StageRun:
             except DamagedError as error:
                 self.log.emit("damaged", what=f"{error}; measured again")
         scores = self.exam.take(model, lambda done, of: self._progress(when, done, of))
+        old = {name: self._on(known, model) for name, known in self.job.old.items()}
+        scores |= {"old": old} if old else {}
         store.write_record(path, {**scores, "asked": self._asked()})
         self.log.emit("measure", when=when, **{k: v for k, v in scores.items() if k != "answers"})
         return scores
+
+    def _on(self, known: jobs.Known, model: Any) -> float:
+        """Loss on old data, nats a token."""
+        return HeldOut(known.objective, known.samples, self.job.stage.train.tokens_per_batch).loss(model)
 
     def _asked(self) -> str:
         """What decides the scores of the model to start from."""
@@ -232,7 +297,8 @@ class _StageRun:
 
         stage, total = self.job.stage, parameter_count(model)
         trained = sum(p.numel() for p in trainer.optimizer.parameters.values())
-        samples = self.exam.side_by_side(before, after)
+        samples, wins = self.exam.side_by_side(before, after), self.exam.wins(before, after)
+        after |= {"wins": wins} if wins else {}
         for scores in (before, after):
             scores.pop("answers", None)
         return {

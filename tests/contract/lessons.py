@@ -18,6 +18,7 @@ from tunewright.core.events import Event, EventLog
 from tunewright.core.rng import derive
 from tunewright.methods import Clock, Method
 from tunewright.recipes import TrainConfig
+from tunewright.train.lesson import Lesson as Portion
 from tunewright.train.loop import Trainer
 
 STEPS, STOP = 4, 2
@@ -178,8 +179,7 @@ class Midway:
     def gradients(self, budget: int = _BATCH) -> tuple[float, Tensors]:
         """Loss and gradients of the next step, in parts of at most so many tokens."""
         self.trainer.optimizer.drop()
-        parts = self.trainer.feed.micro_batches(self.indices, budget)
-        seen = self.trainer.passes.over(parts, self.clock)
+        seen = self.trainer.passes.over(Portion(self.trainer.feed, self.indices).batches(budget), self.clock)
         return seen.loss, self._taken()
 
     def gradients_in_parts(self) -> tuple[float, Tensors]:

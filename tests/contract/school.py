@@ -92,13 +92,19 @@ class School:
     def _objective(self, name: str) -> Objective:
         tokenizer = load_tokenizer(next(iter(self.sources.values())))
         module = plugins.load("objectives", name)
-        return kind(name)(module.Config(), ChatCodec(tokenizer, max_length=_LONGEST))
+        few = {"group": 2, "longest": 4, "rewards": [self._worth()]} if kind(name).explores else {}
+        return kind(name)(module.Config(**few), ChatCodec(tokenizer, max_length=_LONGEST))
+
+    def _worth(self) -> str:
+        """A reward by which answers of one group differ."""
+        (self.folder / "worth.py").write_text("def worth(asked, answer):\n    return len(answer) % 7\n")
+        return f"{self.folder / 'worth.py'}:worth"
 
     def data(self, objective: Objective) -> tokens.Mixture:
         """Rows that the objective can learn from, tokenized."""
         if objective not in self._data:
             folder = self.folder / f"data-{len(self._data)}"
-            rows = list(_talks() if objective.wants_conversations else _texts())
+            rows = list(_texts() if objective.wants == "texts" else _talks(objective.wants))
             tokens.write(folder, objective.encode(rows), dict)
             self._data[objective] = tokens.Mixture([tokens.TokenTable(folder)], [1.0])
         return self._data[objective]
@@ -113,11 +119,14 @@ def _sizes(config: Config, problems: Sequence[Problem]) -> Iterator[tuple[str, i
             yield field, value
 
 
-def _talks() -> Iterator[Row]:
+def _talks(wants: str) -> Iterator[Row]:
     for n in range(24):
         turns = (f"Say {n} and {n + 1}.", f"{n}, then {n + 1}." + " And so on." * (n % 3))
         roles = ("user", "assistant")
-        yield Row(f"talks:{n + 1}", tuple(map(Message, roles, turns)))
+        more: dict[str, Any] = {"chosen": turns[1], "rejected": "No idea."} if wants == "pairs" else {}
+        liked = n % 3 > 0 if wants == "verdicts" else None
+        label = str(n % 2) if wants == "labels" else ""
+        yield Row(f"talks:{n + 1}", tuple(map(Message, roles, turns)), liked=liked, label=label, **more)
 
 
 def _texts() -> Iterator[Row]:

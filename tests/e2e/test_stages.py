@@ -1,13 +1,14 @@
 """Chains: a later stage begins from an earlier one's result."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tunewright as tw
-from tunewright.core.errors import UserError
+from tunewright.core.errors import DriftError, UserError
 from tunewright.data.rows import Message
 
 
@@ -137,3 +138,130 @@ def test_a_stage_cannot_start_from_what_does_not_merge(tmp_path, tiny_model_fold
     with pytest.raises(UserError, match=r"stage 'first' is trained by houlsby, which cannot be merged: "):
         tw.run(tree, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+# Trees: what is reused, what is made anew
+
+
+@pytest.fixture
+def tree(tiny_model_folder, data, tmp_path):
+    """Two stages that start from the first one's result."""
+    tree = chain(tiny_model_folder, data, tmp_path, "lora", "lora")
+    tree["stages"].append({"name": "three", "method": "lora", "model": "stage:one"})
+    return tree
+
+
+def planned(tree, start="", only=""):
+    from tunewright import agenda, pipeline
+
+    tasks = pipeline.plan(pipeline.load(tree), agenda.Wish(start, only))
+    return {task.name: (task.action, task.why) for task in tasks}
+
+
+def made(tree, name):
+    return (Path(tree["output"]) / "stages" / name / "adapter/adapter_model.safetensors").stat().st_mtime_ns
+
+
+def test_a_changed_stage_and_what_depends_on_it_are_made_anew(tree):
+    assert [action for action, _ in planned(tree).values()] == ["run", "run", "run"]
+    tw.run(tree, quiet=True)
+    assert {why for _, why in planned(tree).values()} == {"finished, nothing changed"}
+    before = {name: made(tree, name) for name in ("one", "two", "three")}
+
+    tree["stages"][1]["train"] = {**tree["train"], "lr": 2e-2}
+    plan = planned(tree)
+    assert [action for action, _ in plan.values()] == ["reuse", "run anew", "reuse"]
+    assert plan["two"][1] == "train.lr: the run was begun with 0.01, now it is 0.02"
+    run = tw.run(tree, quiet=True)
+    after = {name: made(tree, name) for name in before}
+    assert [name for name in before if after[name] != before[name]] == ["two"]
+    assert (run.folder / "older/two.1/adapter/adapter_model.safetensors").stat().st_mtime_ns == before["two"]
+    assert [stage["train_config"]["lr"] for stage in run.results["stages"]] == [1e-2, 2e-2, 1e-2]
+
+    tree["stages"][0]["train"] = {**tree["train"], "seed": 3}
+    assert [action for action, _ in planned(tree).values()] == ["run anew"] * 3
+    assert planned(tree)["three"][1] == "uses one"
+
+
+def test_a_stage_can_be_made_anew_or_alone(tree):
+    with pytest.raises(
+        UserError, match=r"--only: stage 'two' uses 'one', of which there is no result.*--only one"
+    ):
+        tw.run(tree, quiet=True, only="two")
+    run = tw.run(tree, quiet=True, only="one")
+    assert (run.results["status"], [stage["name"] for stage in run.results["stages"]]) == ("partial", ["one"])
+    run = tw.run(tree, quiet=True, only="three")
+    assert [stage["name"] for stage in run.results["stages"]] == ["one", "three"]
+    assert [action for action, _ in planned(tree).values()] == ["reuse", "run", "reuse"]
+    run = tw.run(tree, quiet=True)
+    assert run.results["status"] == "finished"
+    assert planned(tree, start="two") == {
+        "one": ("reuse", "finished, nothing changed"), "two": ("run anew", "asked for"),
+        "three": ("reuse", "finished, nothing changed"),
+    }  # fmt: skip
+    assert [action for action, _ in planned(tree, start="one").values()] == ["run anew"] * 3
+    with pytest.raises(UserError, match=r"--from: no stage is called 'tow'; fix: did you mean 'two'"):
+        planned(tree, start="tow")
+
+
+def test_a_run_of_one_stage_is_refused_when_it_changed_unless_it_shall_be_made_anew(tree):
+    single = {key: value for key, value in tree.items() if key != "stages"}
+    tw.run(single, quiet=True)
+    changed = {**single, "train": {**single["train"], "lr": 2e-2}}
+    with pytest.raises(DriftError):
+        tw.run(changed, quiet=True)
+    run = tw.run(changed, quiet=True, start="sft")
+    assert (run.folder / "older/sft.1").is_dir()
+
+
+def test_a_reward_model_of_an_earlier_stage_judges(tiny_model_folder, tmp_path):
+    """Polite answers are preferred; what the judge learned of pairs, ppo and grpo are rewarded by."""
+    rows = [
+        {"prompt": f"Say {n}.", "completion": f"{n}", "chosen": f"{n}, please.", "rejected": f"{n}!"}
+        for n in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = {"rewards": ["stage:judge"], "longest": 6}
+    tree = {
+        "model": str(tiny_model_folder), "data": {"train": str(tmp_path / "pairs.jsonl"), "valid_share": 0.2},
+        "precision": "fp32", "evaluate": {"generate": False}, "output": str(tmp_path / "run"),
+        "train": {"max_steps": 4, "lr": 1e-2, "tokens_per_batch": 256},
+        "stages": [{"name": "judge", "objective": "reward"},
+                   {"name": "ppo", "objective": {"name": "ppo", **drawn}},
+                   {"name": "grpo", "objective": {"name": "grpo", "group": 2, **drawn}}],
+    }  # fmt: skip
+    run = tw.run(tree, quiet=True)
+    judge, ppo, grpo = run.results["stages"]
+    assert judge["after"]["accuracy"] >= judge["before"]["accuracy"]
+    assert ppo["before"]["reward"] != 0
+    assert (run.folder / "stages/ppo/adapter/adapter_model.safetensors").is_file()
+    names = load_file(run.folder / "stages/ppo/adapter/adapter_model.safetensors")
+    assert not [name for name in names if "value" in name]
+    assert grpo["train"]["steps"] == 4
+    assert planned(tree, start="judge")["grpo"] == ("run anew", "uses judge")
+    tree["stages"][1]["objective"]["rewards"] = ["stage:jude"]
+    with pytest.raises(
+        UserError, match=r"stage:jude is no earlier stage with objective: reward; fix: did you mean 'judge'"
+    ):
+        tw.run(tree, quiet=True)
+
+
+def test_answers_are_judged_by_rewards_before_and_after(tiny_model_folder, data, tmp_path):
+    (tmp_path / "own.py").write_text("def long(asked, answer):\n    return len(answer)\n")
+    name = f"{tmp_path / 'own.py'}:long"
+    recipe = {
+        "model": str(tiny_model_folder), "data": {"train": str(data), "valid_share": 0.2}, "precision": "fp32",
+        "evaluate": {"rewards": [name], "max_new_tokens": 8}, "train": {"max_steps": 12, "lr": 1e-2}, "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    run = tw.run(recipe, quiet=True)
+    (stage,) = run.results["stages"]
+    shown = [(len(sample["before"]), len(sample["after"])) for sample in stage["samples"]]
+    count = stage["after"]["count"]
+    assert len(shown) == count
+    assert stage["before"]["worth"][name] == pytest.approx(sum(before for before, _ in shown) / count)
+    assert stage["after"]["worth"][name] == pytest.approx(sum(after for _, after in shown) / count)
+    won = sum((after > before) + (after == before) / 2 for before, after in shown) / count
+    assert stage["after"]["wins"][name] == pytest.approx(won)
+    assert "By own.py:long, answers are worth" in run.report.read_text()
+    with pytest.raises(UserError, match="there is no reward 'stage:judge'"):
+        tw.run({**recipe, "evaluate": {"rewards": ["stage:judge"]}}, quiet=True)

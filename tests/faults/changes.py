@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tunewright.methods import lora
-from tunewright.objectives import pretrain
+from tunewright.objectives import pretrain, sft
 
 Overrides = tuple[str, ...]
 
@@ -118,7 +118,9 @@ def first_edited(rows: list[str]) -> list[str]:
 MORE = json.dumps({"prompt": "Say more.", "completion": "More."}) + "\n"
 DATA, VALID, BASE = ("data_sha256",), ("valid_sha256",), "base_sha256"
 METHOD = tuple(f"method.{name}" for name in ("name", *lora.Config.model_fields))
-OBJECTIVE = tuple(f"objective.{name}" for name in ("name", *pretrain.Config.model_fields))
+OBJECTIVE = tuple(
+    f"objective.{name}" for name in ("name", *pretrain.Config.model_fields, *sft.Config.model_fields)
+)
 CHANGES = (
     Change("a row edited", lines(first_edited), DATA),
     Change("a row added", lines(lambda rows: [*rows, MORE]), DATA),

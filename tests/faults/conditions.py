@@ -16,7 +16,7 @@ from tunewright import jobs, methods, pipeline
 from tunewright.core import plugins
 from tunewright.data.batching import BatchPlan
 from tunewright.methods import Method
-from tunewright.objectives import Objective
+from tunewright.objectives import Objective, kind
 from tunewright.objectives._causal import Causal
 from tunewright.recipes import TrainConfig
 from tunewright.train import guard, ledger
@@ -60,10 +60,14 @@ def _first_epoch(whole: Path) -> int:
     """Steps until a sample comes up again."""
     (path,) = whole.glob("stages/*/samples.jsonl")
     seen: set[int] = set()
+    before: list[int] = []
     for step, samples in ledger.read(path).items():
-        if not seen.isdisjoint(samples):
+        if samples != before and not seen.isdisjoint(
+            samples
+        ):  # the same ones at once: answers that serve two steps
             return step - 1
         seen.update(samples)
+        before = samples
     raise AssertionError("no second epoch")
 
 
@@ -150,6 +154,8 @@ class Condition:
     applies: Callable[[type[Objective], Any], bool] = lambda objective, config: True
     """Whether an objective, of which the config is given too, can be in it."""
     came_about: Callable[[Path], bool] = lambda whole: True
+    of_any: bool = False
+    """Whether it is the same whatever the objective: in the short run one of them stands for all."""
 
 
 CONDITIONS = (
@@ -161,7 +167,7 @@ CONDITIONS = (
     Condition("epoch edge", fixed("train.epochs=3", "train.max_steps=null", "train.tokens_per_batch=192"), around_an_edge),
     Condition(
         "early stop", fixed("train.eval_every=2", "train.early_stop=2", "train.lr=2.0", "train.max_steps=24"),
-        after_worse_losses, came_about=stopped_early,
+        after_worse_losses, lambda objective, config: issubclass(objective, Causal), came_about=stopped_early,
     ),
     Condition("mixture", mixture),
     Condition(
@@ -169,8 +175,21 @@ CONDITIONS = (
         lambda whole: len(told(whole, "spike")) == 1,
     ),
     *(
-        Condition(f"{method}, {schedule}", fixed(f"method={method}", f"train.schedule={schedule}", "train.warmup=0.3"))
+        Condition(f"{method}, {schedule}", fixed(f"method={method}", f"train.schedule={schedule}", "train.warmup=0.3"),
+                  of_any=True)
         for method, schedule in _pairs(_methods(), _SCHEDULES)
     ),
     Condition("gradient checkpointing", fixed("train.gradient_checkpointing=true")),
 )  # fmt: skip
+
+
+def conditions_of(objective: str) -> list[Condition]:
+    """All that apply to an objective; in the short run, those that are the same for any are dealt out."""
+    objectives, config = plugins.names("objectives"), plugins.load("objectives", objective).Config
+    place = objectives.index(objective)
+    return [
+        condition
+        for number, condition in enumerate(CONDITIONS)
+        if condition.applies(kind(objective), config)
+        and (LONG or not condition.of_any or number % len(objectives) == place)
+    ]

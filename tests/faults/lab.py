@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any, get_args
 
 import torch
 import yaml
+from bounded import LONG
 
 from tunewright import jobs, recipes
 from tunewright.core import plugins
 from tunewright.core.events import EventLog, Reader
 from tunewright.core.rng import derive
 from tunewright.models.load import best_device
-from tunewright.objectives import kind
+from tunewright.objectives import Objective, kind
 from tunewright.recipes import Stage
 from tunewright.train import ledger
 from tunewright.train.loop import Trainer
@@ -58,6 +59,25 @@ def command_line(arguments: list[str], stderr: str, environment: Mapping[str, st
     cli.main()
 
 
+_DRAWN = {"group": 2, "longest": 4, "steps_per_draw": 2}
+"""Short answers, few of them, that serve two steps."""
+_WORTH = "def worth(asked, answer):\n    return len(answer) % 7\n"
+
+
+def _talk(n: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"Say {n} and {n + 1}.", "completion": f"{n}, then {n + 1}.", **more}
+
+
+_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "texts": lambda n: {"text": f"Chapter {n}. The cat saw {n} birds and slept."},
+    "conversations": _talk,
+    "pairs": lambda n: _talk(n, chosen=f"{n}, {n + 1}.", rejected=f"Now {n + 1} and more."),
+    "labels": lambda n: {"text": f"Chapter {n}. The cat saw {n} birds.", "label": n % 2},
+    "verdicts": lambda n: _talk(n, label=n % 3 > 0),
+}
+"""A row of each kind that an objective may want."""
+
+
 class Lab:
     """Starts, kills and compares runs under one folder."""
 
@@ -70,6 +90,10 @@ class Lab:
         objective = choices.get("objective", "sft")
         train = {"max_steps": 12, "lr": 1e-2, "tokens_per_batch": 96, "micro_tokens": 48, "save_every": 3,
                  "eval_every": 4, "keep": 2}  # fmt: skip
+        if kind(objective).explores:
+            (self.folder / "worth.py").write_text(_WORTH)
+            reward = f"{self.folder / 'worth.py'}:worth"
+            choices = {**choices, "objective": {"name": objective, "rewards": [reward], **_DRAWN}}
         tree = {"model": str(self.model), "method": {"name": "lora", "dropout": 0.1}, "precision": "fp32",
                 "evaluate": {"limit": 4, "max_new_tokens": 4}, **choices,
                 "data": {"train": str(self.data(objective)), "valid_share": 0.1, **choices.get("data", {})},
@@ -80,11 +104,9 @@ class Lab:
 
     def data(self, objective: str) -> Path:
         """Forty rows that the objective can learn from."""
-        spoken = kind(objective).wants_conversations
-        path = self.folder / f"{'talks' if spoken else 'texts'}.jsonl"
-        talks = ({"prompt": f"Say {n} and {n + 1}.", "completion": f"{n}, then {n + 1}."} for n in range(40))
-        texts = ({"text": f"Chapter {n}. The cat saw {n} birds and slept."} for n in range(40))
-        path.write_text("".join(json.dumps(row) + "\n" for row in (talks if spoken else texts)))
+        wants = kind(objective).wants
+        path = self.folder / f"{wants}.jsonl"
+        path.write_text("".join(json.dumps(_ROWS[wants](n)) + "\n" for n in range(40)))
         return path
 
     def trainer(self, name: str, *readers: Reader, **choices: Any) -> Trainer:
@@ -176,6 +198,25 @@ def precisions() -> list[str]:
     return [name for name in known if name != "fp16" or best_device() != "cpu"]
 
 
+def passed_once() -> list[tuple[str, str]]:
+    """Those of :func:`combinations` that pass over a batch once, and over nothing else: faults are planted in passes."""
+    plain = {
+        name
+        for name in plugins.names("objectives")
+        if not kind(name).explores and kind(name).look is Objective.look
+    }
+    return [(name, precision) for name, precision in combinations() if name in plain]
+
+
 def combinations() -> list[tuple[str, str]]:
-    """Every objective with every precision."""
-    return [(objective, precision) for objective in plugins.names("objectives") for precision in precisions()]
+    """Every objective with every precision; in the short run each but sft and pretrain with one, in turn."""
+    every = [
+        (objective, precision) for objective in plugins.names("objectives") for precision in precisions()
+    ]
+    both = {"sft", "pretrain"}
+    count = len(precisions())
+    return [
+        (objective, precision)
+        for place, (objective, precision) in enumerate(every)
+        if LONG or objective in both or place % count == place // count % count
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab, combinations
+from lab import Lab, passed_once
 from safetensors.torch import load_file
 
 from tunewright.core import store
@@ -139,7 +139,7 @@ FAULTS = {
 
 
 @pytest.mark.row(8)
-@pytest.mark.parametrize(("objective", "precision"), combinations())
+@pytest.mark.parametrize(("objective", "precision"), passed_once())
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_number_that_is_not_finite_stops_before_the_update(
     lab: Lab, tally, times, objective, precision, fault

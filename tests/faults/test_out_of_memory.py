@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab, combinations
+from lab import Lab, passed_once
 
 from tunewright.core.errors import HardwareError
 from tunewright.core.events import Event
@@ -74,7 +74,7 @@ def warmed(lab: Lab, objective: str) -> str:
 
 
 @pytest.mark.row(10)
-@pytest.mark.parametrize(("objective", "precision"), combinations())
+@pytest.mark.parametrize(("objective", "precision"), passed_once())
 def test_the_micro_batch_halves_and_nothing_else_changes(lab: Lab, tally, times, objective, precision):
     choices = {"objective": objective, "precision": precision, "model": warmed(lab, objective)}
     plain, plain_events, _ = trained(lab, "plain", **choices)
@@ -103,7 +103,7 @@ def check(
 
 
 @pytest.mark.row(10)
-@pytest.mark.parametrize(("objective", "precision"), combinations())
+@pytest.mark.parametrize(("objective", "precision"), passed_once())
 def test_it_is_the_run_that_had_the_smaller_micro_batch_from_the_start(lab: Lab, tally, objective, precision):
     choices: dict[str, Any] = {"objective": objective, "precision": precision}
     limited, _, limit = trained(lab, "limited", lambda t: Limit(t, 60), **choices)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -100,7 +101,8 @@ def preempted(lab: Lab, recipe: Path, output: Path, plan: Plan, rng: random.Rand
     for _ in range(plan.more):
         if process.exitcode is not None:
             break
-        os.kill(pid, plan.then)
+        with suppress(ProcessLookupError):  # it may have ended since
+            os.kill(pid, plan.then)
         process.join(0.001)
     code = ended(process)
     return code, time.monotonic() - began

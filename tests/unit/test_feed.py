@@ -51,6 +51,12 @@ def test_given_steps_overrule_epochs(make_feed: MakeFeed) -> None:
     assert make_feed(epochs=5, max_steps=2).steps == 2
 
 
+def test_a_typical_batch_is_of_middling_length(make_feed: MakeFeed) -> None:
+    feed = make_feed()
+    longest = sorted(int(feed.data.lengths[batch].max()) for batch in islice(feed.from_step(0), feed.steps))
+    assert int(feed.data.lengths[feed.typical()].max()) == longest[len(longest) // 2]
+
+
 @pytest.mark.parametrize("budget", [1, 20, 40, 64])
 def test_the_parts_of_a_step_are_its_samples_in_order_within_the_budget(
     make_feed: MakeFeed, budget: int

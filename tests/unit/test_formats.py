@@ -210,8 +210,19 @@ WRONG = [
         "field 'messages[0].content[0].text' is a number",
     ),
     ({"messages": [USER, ASSISTANT], "images": ["1.jpg"]}, "images: multimodal content is not supported"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "chosen and rejected answers, expected one answer"),
-    ({"messages": [USER], "chosen": "a"}, "chosen and rejected answers, expected one answer"),
+    (
+        {"messages": [USER], "chosen": "a"},
+        "field 'rejected' is missing, expected an answer beside the other one",
+    ),
+    (
+        {"chosen": "a", "rejected": "b"},
+        "the answers have no question; fix: give both answers to one question",
+    ),
+    ({"text": "a", "label": 1.5}, "field 'label' is a number, expected the name or the number of a class"),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"},
+        "field 'margin' is text, expected a number",
+    ),
     ({"text": 1.5}, "field 'text' is a number, expected text"),
     ({"titel": "x", "body": "y"}, "no known field; found 'titel', 'body', expected instruction and output"),
     ({}, "no known field; found none"),
@@ -224,12 +235,6 @@ WRONG = [
 @pytest.mark.parametrize(("row", "what"), WRONG)
 def test_a_bad_row_is_named(tmp_path: Path, row: object, what: str) -> None:
     assert bad(tmp_path, row).startswith(f"d.jsonl:2: {what}")
-
-
-def test_preference_data_needs_its_objective(tmp_path: Path) -> None:
-    assert "fix: preference data needs a preference objective" in bad(
-        tmp_path, {"chosen": "a", "rejected": "b"}
-    )
 
 
 def test_a_mapped_column_that_no_row_has(tmp_path: Path) -> None:
@@ -569,7 +574,9 @@ def test_named_datasets_carry_their_columns_and_tags(folder: Path) -> None:
 
 def test_a_preference_dataset_can_be_named(folder: Path) -> None:
     (source,) = sources([Source(Path(f"{folder}:dpo"))])
-    assert isinstance(next(read(source)), Problem)
+    row = next(read(source))
+    assert isinstance(row, Row)
+    assert row.compares
 
 
 def test_the_source_overrules_the_list(folder: Path) -> None:

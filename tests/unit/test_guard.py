@@ -15,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tunewright.core.errors import InterruptedRunError
+from tunewright.models.memory import fitting, is_out_of_memory
 from tunewright.train import guard
-from tunewright.train.guard import Preemption, fitting, is_out_of_memory, is_spike, not_finite
+from tunewright.train.guard import Preemption, is_spike, not_finite
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import tunewright
 
 ROOT = Path(tunewright.__file__).parent
-ROOMS = ["core", "recipes", "data", "models", "methods", "objectives", "optimizers", "fast", "train", "compress", "evaluate",
+ROOMS = ["core", "recipes", "data", "models", "methods", "objectives", "regularizers", "optimizers", "fast", "train", "compress", "evaluate",
          "advise", "serve", "cluster", "studio"]  # fmt: skip
 OUTER = len(ROOMS)
 """Files beside the rooms (pipeline, cli ...) may import any of them."""

@@ -12,6 +12,7 @@ from training import LORA, OTHERS, MakeTrainer, killed_and_whole, logged, losses
 
 from tunewright.core import events
 from tunewright.core.errors import DivergedError
+from tunewright.train.lesson import Lesson
 from tunewright.train.loop import Trainer
 from tunewright.train.measure import HeldOut
 
@@ -100,7 +101,8 @@ def test_the_log_tells_what_training_begins_with(make_trainer: MakeTrainer, tmp_
 
 def gradients(trainer: Trainer) -> tuple[int, float, dict[str, torch.Tensor]]:
     """Forward passes, loss and gradients of the first global batch."""
-    parts = trainer.feed.micro_batches(next(trainer.feed.from_step(0)), trainer._budget)
+    lesson = Lesson(trainer.feed, next(trainer.feed.from_step(0)))
+    parts = lesson.batches(trainer._budget)
     loss = trainer.passes.over(parts, trainer.clock).loss
     return len(parts), loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 

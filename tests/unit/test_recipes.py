@@ -40,7 +40,7 @@ def test_the_options_of_method_and_objective_are_written_out() -> None:
     assert stage.method.items() >= method.items()
     assert {"init", "rslora", "lr_ratio", "rank_pattern"} <= stage.method.keys()
     assert stage.optimizer == {"name": "adamw"}
-    assert stage.objective == {"name": "pretrain", "block": 256}
+    assert stage.objective == {"name": "pretrain", "block": 256, "across": False}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_an_unknown_option_is_told_the_nearest(tree: dict[str, Any], problem: st
 def test_an_option_like_nothing_lists_all() -> None:
     (problem,) = refused(evaluate={"zzz": 1})
     assert problem == (
-        "evaluate.zzz: there is no such option; fix: one of enabled, generate, limit, max_new_tokens, samples"
+        "evaluate.zzz: there is no such option; fix: one of enabled, generate, limit, max_new_tokens, old, rewards, samples"
     )
 
 

@@ -415,3 +415,30 @@ def test_what_a_method_says_of_itself_is_shown(tmp_path: Path) -> None:
     assert "Added biases" in shown
     assert "What lora did" in shown
     assert "What lora did" not in page(folder(tmp_path / "plain", stage()))
+
+
+def test_what_an_objective_tells_of_held_out_data_is_shown(tmp_path: Path) -> None:
+    figures = {"accuracy": 0.91, "margin": 1.75, "chosen": 0.5, "rejected": -1.25}
+    other = stage(
+        "dpo", objective={"name": "dpo", "loss": "sigmoid"}, samples=[],
+        before={"loss": 0.693, **dict.fromkeys(figures, 0.0)}, after={"loss": 0.31, **figures},
+    )  # fmt: skip
+    shown = page(folder(tmp_path / "run", other, events=log("dpo")))
+    assert "Accuracy on held-out data rose: 0.0% before, 91.0% after." in shown
+    assert "The held-out loss fell, which is better: 0.693 before, 0.310 after." in shown
+    assert "Margin" in shown
+    assert "nats per learned token" not in shown
+
+
+def test_rewards_are_told_and_not_their_loss(tmp_path: Path) -> None:
+    other = stage("grpo", objective={"name": "grpo"}, samples=[], before={"loss": -0.2, "reward": 0.2},
+                  after={"loss": -0.1, "reward": 0.1})  # fmt: skip
+    shown = page(folder(tmp_path / "run", other, events=log("grpo")))
+    assert "Mean reward on held-out data fell: 0.200 before, 0.100 after." in shown
+    assert "Held-out loss" not in shown
+
+
+def test_numbers_that_differ_by_rounding_make_a_flat_line() -> None:
+    scale = charts.linear(3.9999999999999996, 4.0)
+    assert scale.ticks[0] <= 4.0 <= scale.ticks[-1]
+    assert len(set(scale.ticks)) == len(scale.ticks) >= 2

@@ -17,7 +17,7 @@ from typing import TypeVar
 from tunewright.core.errors import Problem, RecipeError, nearest
 
 FOLDERS_VARIABLE = "TUNEWRIGHT_PLUGINS"
-ROOMS = ("methods", "objectives", "optimizers", "fast")
+ROOMS = ("methods", "objectives", "regularizers", "optimizers", "fast")
 Contract = TypeVar("Contract")
 
 

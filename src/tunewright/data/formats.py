@@ -1,16 +1,18 @@
 """Files of any common shape to rows: Alpaca, ShareGPT, OpenAI messages, prompt and completion, text.
 
-Only supervised text is read here. Preference pairs, images, audio and video come out as Problems, never
-as rows with a part missing.
+Two answers to one question are read, too. Images, audio and video come out as Problems, never as rows with a part
+missing.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
+from math import isfinite
 from typing import Any
 
 from tunewright.core.errors import DataError, Problem, nearest
-from tunewright.data import readers
+from tunewright.data import preferences, readers
 from tunewright.data.catalog import sources
 from tunewright.data.rows import ROLES, Message, Row, Source
 
@@ -19,7 +21,7 @@ __all__ = ["COLUMNS", "FORMATS", "TAGS", "read", "sources"]
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text", "plain")
 COLUMNS = (
     *("prompt", "query", "response", "system", "history", "messages", "tools", "text", "family"),
-    *("images", "videos", "audios", "chosen", "rejected", "kto_tag"),
+    *("images", "videos", "audios", "chosen", "rejected", "kto_tag", "margin", "label"),
 )
 TAG_ROLES = {
     "user_tag": "user",
@@ -47,7 +49,6 @@ RESPONSES = tuple(dict.fromkeys((*(response for _, response in PAIRS), "output")
 CONVERSATIONS = ("conversations", "messages")
 
 _MEDIA = ("images", "videos", "audios")
-_PREFERENCE = ("chosen", "rejected", "chosen_messages", "rejected_messages")
 _MULTIMODAL = "multimodal content is not supported"
 _MISSING = object()
 _KINDS = {
@@ -172,6 +173,29 @@ class _Fields:
             raise _wrong(key, value, "a list")
         return key, found
 
+    def verdict(self) -> bool | None:
+        """Whether the answer was judged good; None if nothing says so."""
+        value = self.find("kto_tag", *preferences.VERDICTS)[1]
+        return value if isinstance(value, bool) else None
+
+    def label(self) -> str:
+        """The name of a class; a number is its own name."""
+        key, value = self.find("label", "label")
+        if value is None or value is _MISSING:
+            return ""
+        if not isinstance(value, str | int):
+            raise _wrong(key, value, "the name or the number of a class")
+        return str(int(value)) if isinstance(value, int) else value
+
+    def margin(self) -> float:
+        """How much better the chosen answer is; 0 where nothing says so."""
+        key, value = self.find("margin", "margin")
+        if value is None or value is _MISSING:
+            return 0.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise _wrong(key, value, "a number")
+        return float(value)
+
     def tools(self) -> str:
         """Tool definitions as JSON text."""
         key, value = self.find("tools", "tools")
@@ -233,7 +257,8 @@ class _Shape:
         tagged = {self.tags[tag]: role for tag, role in TAG_ROLES.items() if tag in self.tags}
         self.roles = ROLE_NAMES | tagged
         self.media = frozenset(self.columns.get(name, name) for name in _MEDIA)
-        self.preference = frozenset(self.columns.get(name, name) for name in _PREFERENCE)
+        own = ((self.columns.get(side, key) for key in keys) for side, keys in preferences.SIDES.items())
+        self.preference = frozenset(chain.from_iterable(own))
 
     def row(self, line: int, value: Any) -> Row | Problem:
         """The record as a row, or what is wrong with it."""
@@ -246,28 +271,50 @@ class _Shape:
     def _row(self, where: str, fields: _Fields) -> Row:
         if held := fields.filled(self.media):
             raise _RowError(f"{held}: {_MULTIMODAL}", "leave the row out, or train on its text only")
-        return self._answered(where, fields) if fields.filled(self.preference) else self._read(where, fields)
+        return self._compared(where, fields) if fields.filled(self.preference) else self._read(where, fields)
 
-    def _answered(self, where: str, fields: _Fields) -> Row:
-        """A row with preferences is of use here only if it has an answer of its own as well."""
-        try:
-            row = self._read(where, fields)
-        except _RowError:
-            row = Row(where)
-        if not row.messages or row.messages[-1].role != "assistant":
-            what = "chosen and rejected answers, expected one answer"
-            raise _RowError(what, "preference data needs a preference objective")
-        return row
+    def _compared(self, where: str, fields: _Fields) -> Row:
+        """A row with two answers; one that it has besides stays."""
+        sides = {side: self._side(fields, side, keys) for side, keys in preferences.SIDES.items()}
+        row = self._read(where, fields, answered=False) if _asks(fields) else Row(where, tools=fields.tools())
+        own = row.messages[len(row.prompt) :]
+        prompt, fault = preferences.asked(sides["chosen"], sides["rejected"], list(row.prompt))
+        if fault:
+            raise _RowError(fault, "give both answers to one question")
+        for side, turns in sides.items():
+            if turns[-1].role != "assistant":
+                raise _RowError(f"{side} ends with a turn of {turns[-1].role}", "end it with the answer")
+        chosen, rejected = (turns[-1].content for turns in sides.values())
+        margin = fields.margin()
+        return replace(row, messages=(*prompt, *own), chosen=chosen, rejected=rejected, margin=margin)
 
-    def _read(self, where: str, fields: _Fields) -> Row:
+    def _side(self, fields: _Fields, side: str, keys: tuple[str, ...]) -> list[Message]:
+        key, value = fields.find(side, *keys)
+        if value is _MISSING:
+            raise _wrong(side, value, "an answer beside the other one")
+        value = _parsed(value) if isinstance(value, str) and value.startswith(("[", "{")) else value
+        if not isinstance(value, str | list | dict) or value == []:
+            raise _wrong(key, value, "an answer or a conversation")
+        return preferences.turns(value, lambda turn: self._any_turn(key, turn))
+
+    def _any_turn(self, key: str, turn: Any) -> Message:
+        """A turn of either dialect."""
+        shares = isinstance(turn, dict) and "from" in turn
+        return self._turn(key, turn, *(("from", "value") if shares else ("role", "content")))
+
+    def _read(self, where: str, fields: _Fields, answered: bool = True) -> Row:
         name = _detect(fields) if self.format == "auto" else self.format
         if name == "text":
-            return Row(where, text=fields.text("text", "text"), family=fields.optional("family", "family"))
-        turns = _TURNS[name](self, fields)
+            text, family = fields.text("text", "text"), fields.optional("family", "family")
+            return Row(where, text=text, family=family, label=fields.label())
+        turns = _TURNS[name](self, fields) if answered or name in _CONVERSED else _question(fields)
         system = fields.optional("system", "system")
         if system and not (turns and turns[0].role == "system"):
             turns.insert(0, Message("system", system))
-        return Row(where, tuple(turns), tools=fields.tools(), family=fields.optional("family", "family"))
+        family, liked = fields.optional("family", "family"), fields.verdict()
+        return Row(
+            where, tuple(turns), tools=fields.tools(), family=family, liked=liked, label=fields.label()
+        )
 
     def alpaca(self, fields: _Fields) -> list[Message]:
         return _exchange(fields, ("instruction",), ("output",))
@@ -310,6 +357,14 @@ _TURNS: dict[str, Callable[[_Shape, _Fields], list[Message]]] = {
 }
 
 
+_CONVERSED = ("sharegpt", "messages")
+
+
+def _asks(fields: _Fields) -> bool:
+    """Whether a question stands beside the answers."""
+    return fields.has("prompt", *PROMPTS) or fields.has("messages", *CONVERSATIONS)
+
+
 def _detect(fields: _Fields) -> str:
     """The format that a record's keys speak of; a known but incomplete one rather than none."""
     record, columns = fields.record, fields.columns
@@ -348,10 +403,18 @@ def _dialect(turns: Any) -> str:
 
 def _exchange(fields: _Fields, prompts: tuple[str, ...], responses: tuple[str, ...]) -> list[Message]:
     """Earlier turns, then one question and its answer."""
+    return [*_asked(fields, prompts), Message("assistant", fields.text("response", *responses))]
+
+
+def _asked(fields: _Fields, prompts: tuple[str, ...]) -> list[Message]:
     question, query = fields.text("prompt", *prompts), fields.optional("query", "input")
-    answer = fields.text("response", *responses)
-    asked = f"{question}\n\n{query}" if query else question
-    return [*_history(fields), Message("user", asked), Message("assistant", answer)]
+    return [*_history(fields), Message("user", f"{question}\n\n{query}" if query else question)]
+
+
+def _question(fields: _Fields) -> list[Message]:
+    """What was asked, with an answer of its own if there is one beside the two to choose from."""
+    answer = fields.optional("response", *RESPONSES)
+    return [*_asked(fields, PROMPTS), *([Message("assistant", answer)] if answer else [])]
 
 
 def _history(fields: _Fields) -> list[Message]:

@@ -27,6 +27,8 @@ Fault = tuple[str, str]
 _SUSPECT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
 
+_FILL_IN = "fill it in or leave the row out"
+
 # Templates write tools out with code that recurses, far from an empty stack.
 _DEEPEST_TOOLS = 64
 
@@ -59,7 +61,7 @@ def _nothing(row: Row) -> Fault | None:
     if row.messages or not _blank(row.text):
         return None
     what = "the text is only white space" if row.text else "the row is empty, expected turns or a text"
-    return what, "fill it in or leave the row out"
+    return what, _FILL_IN
 
 
 def _unknown_role(row: Row) -> Fault | None:
@@ -77,7 +79,7 @@ def _order(row: Row) -> Fault | None:
             what = f"turn {turn} is {found}, expected {' or '.join(_NEXT[before])}"
             return what, "merge turns of one role, add the one that is missing"
         before = message.role
-    if before in ("", "assistant"):
+    if before in ("", "assistant") or (before == "user" and (row.compares or row.label)):
         return None
     return f"the last turn is {before}, expected assistant", "add the answer or drop the last turn"
 
@@ -88,8 +90,22 @@ def _empty_turn(row: Row) -> Fault | None:
             found = "only white space" if message.content else "empty"
             return (
                 f"turn {turn} ({message.role}) is {found}, expected text",
-                "fill it in or leave the row out",
+                _FILL_IN,
             )
+    return None
+
+
+def _no_choice(row: Row) -> Fault | None:
+    if not row.compares:
+        return None
+    for side, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if _blank(answer):
+            return (
+                f"the {side} answer is {'only white space' if answer else 'empty'}, expected text",
+                _FILL_IN,
+            )
+    if row.chosen.strip() == row.rejected.strip():
+        return "the chosen and the rejected answer are the same", "leave the row out: it teaches nothing"
     return None
 
 
@@ -110,6 +126,8 @@ def _texts(row: Row) -> Iterator[tuple[str, str]]:
     for turn, message in enumerate(row.messages, 1):
         yield f"turn {turn} ({message.role})", message.content
     yield "the text", row.text
+    yield "the chosen answer", row.chosen
+    yield "the rejected answer", row.rejected
     yield "tools", row.tools
     yield "family", row.family
 
@@ -160,6 +178,7 @@ _RULES: tuple[Callable[[Row], Fault | None], ...] = (
     _unknown_role,
     _order,
     _empty_turn,
+    _no_choice,
     _bad_character,
     _bad_tools,
 )
@@ -197,7 +216,8 @@ class _Seen:
 def _fingerprint(row: Row) -> int:
     """Hash of what is trained on. Checked text holds no U+001F, so that turns cannot run into one another."""
     turns = chain.from_iterable((message.role, message.content) for message in row.messages)
-    text = "\x1f".join((row.text, *turns, row.tools))
+    verdict = "" if row.liked is None else str(row.liked)
+    text = "\x1f".join((row.text, *turns, row.tools, row.chosen, row.rejected, verdict, row.label))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

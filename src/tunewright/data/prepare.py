@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tunewright.recipes.schema import DataFile
 
 Encode = Callable[[Iterable[Row]], Iterator[Sample | Problem]]
 Progress = Callable[[str, int], None]
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 """Raised when what a table holds changes, so that older ones are not read."""
 _EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 1 << 30)
 
@@ -146,8 +146,14 @@ def held_out_rows(data: DataConfig, limit: int) -> list[Row]:
     if not data.valid and not share:
         return []
     rows = (_of_task(row, source) for source in sources(files) for row in lint.check(formats.read(source)))
-    spoken = (row for row in rows if isinstance(row, Row) and row.messages and _side(row, share) == split)
-    return heapq.nsmallest(limit, spoken, key=_digest)
+    good = (
+        row
+        for row in rows
+        if isinstance(row, Row) and (row.answered or row.compares) and row.liked is not False
+    )
+    spoken = (row for row in good if _side(row, share) == split)
+    drawn = heapq.nsmallest(limit, spoken, key=_digest)
+    return [row if row.answered else row.answering(row.chosen) for row in drawn]
 
 
 def _of_task(row: Row | Problem, source: Source) -> Row | Problem:
@@ -157,7 +163,17 @@ def _of_task(row: Row | Problem, source: Source) -> Row | Problem:
     return replace(row, task=source.task, family=row.family or source.task)
 
 
-def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixture, Mixture]:
+@dataclass(frozen=True)
+class Replayed:
+    """Old files that shall make up a share of the training samples."""
+
+    files: tuple[DataFile, ...]
+    share: float
+
+
+def mixture(
+    preparation: Preparation, data: DataConfig, seed: int, replayed: Sequence[Replayed] = ()
+) -> tuple[Mixture, Mixture]:
     """Training and held-out samples. DataError lists every bad row of every file."""
     share = split_share(data)
     problems: list[Problem] = []
@@ -174,6 +190,10 @@ def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixt
             except DataError as error:
                 problems += error.problems
         made.append(Mixture(tables, weights, seed, tasks))
+    try:
+        made[0] = _with(made[0], replayed, preparation)
+    except DataError as error:
+        problems += error.problems
     if problems:
         raise DataError(problems)
     if not len(made[0]):
@@ -181,6 +201,20 @@ def mixture(preparation: Preparation, data: DataConfig, seed: int) -> tuple[Mixt
         left_out = [problem for part in made for problem in part.problems]
         raise DataError([Problem("data.train", what, "lower data.valid_share or add rows"), *left_out])
     return made[0], made[1] if len(made) > 1 else Mixture([], [], seed)
+
+
+def _with(new: Mixture, replayed: Sequence[Replayed], preparation: Preparation) -> Mixture:
+    """The new samples and so many of the old ones that these have their shares of all."""
+    tables, weights, tasks = list(new.tables), list(new.weights), list(new.tasks)
+    count = sum(weight * len(table) for table, weight in zip(new.tables, new.weights, strict=True))
+    left = 1 - sum(old.share for old in replayed)
+    for old in replayed:
+        found = [(preparation.table(source, "train", 0.0), source) for source in sources(old.files)]
+        there = sum(source.weight * len(table) for table, source in found)
+        tables += [table for table, _ in found]
+        weights += [source.weight * old.share / left * count / there for _, source in found] if there else []
+        tasks += [source.task for _, source in found]
+    return Mixture(tables, weights, new.seed, tasks) if replayed else new
 
 
 def statistics(data: Mixture) -> dict[str, Any]:

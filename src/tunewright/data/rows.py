@@ -1,7 +1,7 @@
 """What every format becomes: a row is a conversation or a text, and knows where it came from."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,7 +22,9 @@ class Row:
     ``where`` is ``file:line`` (1-based, the line on which the row begins). ``tools`` is the JSON text of the
     tool definitions a conversation was given; ``family`` names its kind of task, for scores per family.
     ``prose`` marks a paragraph of running text, which may well stand there twice. ``task`` is what the recipe
-    says that its file is for.
+    says that its file is for. ``chosen`` and ``rejected`` are a better and a worse answer to the conversation, which
+    may end with an answer of its own besides; ``liked`` says whether that was judged good. ``margin`` is how much
+    better the chosen one is, where a file says so; ``label`` names the class that the text or conversation is of.
     """
 
     where: str
@@ -32,6 +34,31 @@ class Row:
     family: str = ""
     prose: bool = False
     task: str = ""
+    chosen: str = ""
+    rejected: str = ""
+    liked: bool | None = None
+    margin: float = 0.0
+    label: str = ""
+
+    @property
+    def compares(self) -> bool:
+        """Whether there are two answers to choose from."""
+        return bool(self.chosen or self.rejected)
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The turns before the last answer."""
+        return self.messages[:-1] if self.answered else self.messages
+
+    @property
+    def answered(self) -> bool:
+        """Whether the conversation ends with an answer of its own."""
+        return bool(self.messages) and self.messages[-1].role == "assistant"
+
+    def answering(self, answer: str) -> "Row":
+        """A plain conversation: the same question with this answer."""
+        turns = (*self.prompt, Message("assistant", answer))
+        return replace(self, messages=turns, chosen="", rejected="", liked=None)
 
 
 @dataclass(frozen=True, slots=True)

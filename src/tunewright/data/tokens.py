@@ -127,7 +127,8 @@ class Mixture(Sequence[Sample]):
         tasks: Sequence[str] = (),
     ) -> None:
         self.tables, self.weights, self.seed = list(tables), list(weights), seed
-        named = (task_id(task) for task in tasks or [""] * len(tables))
+        self.tasks = list(tasks) or [""] * len(tables)
+        named = (task_id(task) for task in self.tasks)
         self._tasks = [{TASK: np.array([number], np.int64)} if number else {} for number in named]
         self._starts = np.cumsum([0, *map(len, self.tables)])
         self.lengths = np.concatenate([np.empty(0, np.int32), *(t.lengths for t in self.tables)])

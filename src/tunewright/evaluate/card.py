@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from tunewright.core import figures
 from tunewright.core.units import human_bytes, human_count, human_seconds
 from tunewright.models.load import ModelSource
 
@@ -65,7 +66,9 @@ def _recipe(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    keys = [key for key in ("loss", "perplexity", "exact_match", "f1") if key in after]
+    own = figures.of(after)
+    shared = ("loss", "perplexity", "exact_match", "f1")
+    keys = [*(key for key in shared if key in after and key not in own), *own]
     if not keys:
         return ["Not measured."]
     rows = [f"| {key} | {before[key]:.4f} | {after[key]:.4f} |" for key in keys if key in before]

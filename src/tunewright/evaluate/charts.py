@@ -111,7 +111,10 @@ def _number(value: float, step: float) -> str:
 
 def linear(low: float, high: float, count: int = 5, least: float = 0.0) -> Scale:
     """About ``count`` round steps of at least ``least`` that enclose both values."""
-    rough = max(((high - low) or abs(high) or 1.0) / count, least)
+    spread = high - low
+    if spread < 1e-9 * max(abs(low), abs(high)):  # they differ by rounding
+        spread = 0.0
+    rough = max((spread or abs(high) or 1.0) / count, least)
     size: float = 10.0 ** floor(log10(rough))
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= rough * (1 - 1e-9))
     first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from math import exp
 from typing import Any
 
+import numpy as np
+
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Sample
 from tunewright.evaluate.metrics import exact_match, token_f1
 from tunewright.models.generate import answer
+from tunewright.models.memory import fitting
 from tunewright.objectives import Objective
+from tunewright.objectives import _rewards as rewards
 from tunewright.recipes import EvaluateConfig
-from tunewright.train import guard
 from tunewright.train.measure import HeldOut
 
 Tree = dict[str, Any]
@@ -32,15 +35,36 @@ class Examination:
     budget: int = 4096
 
     def take(self, model: Any, progress: Callable[[int, int], None] = lambda done, of: None) -> Tree:
-        """Scores: loss (nats a supervised token), perplexity, exact match and F1 in all and by family."""
+        """Scores: loss (nats a supervised token) and perplexity, or the objective's own figures; exact match and F1 in
+        all and by family.
+        """
         scores: Tree = {}
         if len(self.samples):
-            loss = HeldOut(self.objective, self.samples, self.budget).loss(model)
-            scores |= {"loss": loss, "perplexity": exp(min(loss, 700.0))}
+            scores |= HeldOut(self.objective, self.samples, self.budget).figures(model)
+            if self.objective.is_likelihood:
+                scores |= {"perplexity": exp(min(scores["loss"], 700.0))}
         if self.asks:
             answers = self._answers(model, progress)
             scores |= {**_scores(self.rows, answers), "families": self._families(answers), "answers": answers}
+            if self.config.rewards:
+                worth_NR = self.worth(answers)
+                means = zip(self.config.rewards, worth_NR.mean(0).tolist(), strict=True)
+                scores |= {"worth": dict(means)}
         return scores
+
+    def worth(self, answers: Sequence[str]) -> np.ndarray:
+        """What each answer is worth [N, R]."""
+        asked = [rewards.Asked(row.messages[-2].content, row.messages[-1].content) for row in self.rows]
+        names = self.config.rewards
+        return rewards.worth(names, rewards.find(names), {}, asked, answers)
+
+    def wins(self, before: Tree, after: Tree) -> dict[str, float]:
+        """The share of questions that are answered better than before, by each reward; a tie is half a win."""
+        if not (self.config.rewards and "answers" in before and "answers" in after):
+            return {}
+        was_NR, is_NR = self.worth(before["answers"]), self.worth(after["answers"])
+        share_R = ((is_NR > was_NR) + 0.5 * (is_NR == was_NR)).mean(0)
+        return dict(zip(self.config.rewards, share_R.tolist(), strict=True))
 
     @property
     def asks(self) -> bool:
@@ -50,7 +74,7 @@ class Examination:
     def _answers(self, model: Any, progress: Callable[[int, int], None]) -> list[str]:
         prompts = [row.messages[:-1] for row in self.rows]
         count, tasks = len(prompts), [row.task for row in self.rows]
-        return guard.fitting(_AT_ONCE, 1, lambda size: answer(
+        return fitting(_AT_ONCE, 1, lambda size: answer(
             model, self.codec, prompts, self.config.max_new_tokens, size, lambda n: progress(n, count), tasks
         ))  # fmt: skip
 

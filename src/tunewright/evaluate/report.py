@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tunewright.core import events, store
+from tunewright.core import events, figures, store
 from tunewright.core.units import human_bytes, human_count, human_seconds
 from tunewright.evaluate import charts
 from tunewright.evaluate.charts import Point
@@ -24,6 +24,9 @@ from tunewright.evaluate.metrics import exact_match
 Tree = dict[str, Any]
 _NOTICED = 5e-4
 """Smaller changes do not show in the digits that are printed."""
+_TELLING = ("reward", "accuracy")
+"""Figures of which more is better, and which say what an objective is for."""
+_CARDS = 3
 _LISTED = 200
 """Rows left out that are listed; a page of a hundred thousand helps nobody."""
 
@@ -49,7 +52,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     made.filters |= {
         "size": human_bytes, "short": human_count, "duration": human_seconds, "whole": "{:,}".format,
-        "percent": _percent, "points": _points, "perplexity": _perplexity, "right": _is_right,
+        "percent": _percent, "points": _points, "perplexity": _perplexity, "right": _is_right, "figure": figures.shown, "named": _named,
     }  # fmt: skip
     return made
 
@@ -75,6 +78,11 @@ def _points(share: float) -> str:
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 100 else human_count(value)
+
+
+def _named(name: str) -> str:
+    words = figures.NAMES.get(name, name.replace("_", " "))
+    return words[0].upper() + words[1:]
 
 
 def _is_right(answer: str, reference: str) -> bool:
@@ -111,10 +119,22 @@ def _change(stage: Tree, key: str, **how: bool) -> Change | None:
 def _stage(stage: Tree, history: charts.History) -> Tree:
     """The stage's results and all that is worked out from them for the page."""
     exact, loss = _change(stage, "exact_match"), _change(stage, "loss", lower_is_better=True)
+    own = [
+        (name, Change(stage["before"].get(name), value)) for name, value in figures.of(stage["after"]).items()
+    ]
+    if "reward" in stage["after"]:  # its loss is the reward, negative
+        loss = None
+    old = {
+        name: Change(stage["before"].get("old", {}).get(name), value, lower_is_better=True)
+        for name, value in stage["after"].get("old", {}).items()
+    }  # fmt: skip
+    best = own[0] if own and own[0][0] in _TELLING else None
     return {
-        **stage, "exact": exact, "loss": loss, "history": history,
-        "sentences": [*_sentences(stage, exact, loss, history.curve("loss"))],
-        "verdict": next((change.verdict for change in (exact, loss) if change), ""),
+        **stage, "exact": exact, "loss": loss, "history": history, "figures": own[:_CARDS],
+        "sentences": [*_sentences(stage, exact, loss, best, history.curve("loss")), *_forgotten(old),
+                      *_worth(stage["before"].get("worth", {}), stage["after"])],
+        "verdict": next((change.verdict for change in (exact, best[1] if best else None, loss) if change), ""),
+        "loss_words": "Loss in nats per learned token" if "perplexity" in stage["after"] else "Loss",
         "families": _families(stage), "samples": stage.get("samples", []),
         "loss_chart": charts.loss_chart(history, stage["before"], stage["after"]),
         "side_charts": charts.side_charts(history),
@@ -152,13 +172,21 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _sentences(stage: Tree, exact: Change | None, loss: Change | None, curve: list[Point]) -> Iterator[str]:
+def _sentences(
+    stage: Tree,
+    exact: Change | None,
+    loss: Change | None,
+    best: tuple[str, Change] | None,
+    curve: list[Point],
+) -> Iterator[str]:
     """What happened, in words, good or bad."""
     if exact:
         yield from _exact_sentences(exact, stage["after"]["count"])
+    if best:
+        yield _own_sentence(*best)
     if loss:
         yield _loss_sentence(loss)
-    if not exact and not loss:
+    if not exact and not best and not loss:
         yield "Nothing was measured on held-out data."
         if curve:
             first, last = curve[0][1], curve[-1][1]
@@ -181,6 +209,40 @@ def margin(before: float, after: float, count: int) -> float:
     """Differences between two shares of ``count`` below this happen by chance (95%, Agresti-Coull)."""
     shares = [(share * count + 2) / (count + 4) for share in (before, after)]
     return 1.96 * sqrt(sum(p * (1 - p) / (count + 4) for p in shares))
+
+
+def _worth(before: dict[str, float], after: Tree) -> Iterator[str]:
+    """What answers are worth by the recipe's own rewards."""
+    for name, value in after.get("worth", {}).items():
+        was = f", {before[name]:.3f} before" if name in before else ""
+        won = after.get("wins", {}).get(name)
+        against = (
+            f"; {_percent(won)} of answers win against those before (ties count half)"
+            if won is not None
+            else ""
+        )
+        yield f"By {Path(name).name}, answers are worth {value:.3f}{was}{against}."
+
+
+def _forgotten(old: dict[str, Change]) -> Iterator[str]:
+    """What became of what the model knew before."""
+    words = {
+        "better": "is known better than before",
+        "worse": "was partly forgotten",
+        "unchanged": "is known as before",
+    }
+    for name, change in old.items():
+        if change.before is not None:
+            moved = f"its loss was {change.before:.3f} before and is {change.after:.3f} now"
+            yield f"The old data “{name}” {words[change.verdict]}: {moved}."
+
+
+def _own_sentence(name: str, change: Change) -> str:
+    named, now = figures.NAMES[name].capitalize(), figures.shown(name, change.after)
+    if change.before is None:
+        return f"{named} on held-out data is {now}."
+    words = {"better": "rose", "worse": "fell", "unchanged": "is unchanged"}
+    return f"{named} on held-out data {words[change.verdict]}: {figures.shown(name, change.before)} before, {now} after."
 
 
 def _loss_sentence(loss: Change) -> str:

@@ -52,6 +52,8 @@ class Work:
     portion: Portion
     autocast: bool = False
     """Whether it computes in other numbers than its weights are held in."""
+    changing: bool = False
+    """Whether what a sample gives the first block is drawn anew each time."""
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ and Liger (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ class CrossEntropy(Technique):
         """:func:`likelihood.token_losses` goes this way."""
         _native.why_not(_CODE)  # built where it can be
         try:
-            with likelihood.computed_by(work.model, lambda before: losses):
+            with likelihood.computed_by(work.model, losses):
                 yield
         finally:
             _rooms.clear()
@@ -59,8 +59,7 @@ def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     kept = labels_BT != likelihood.IGNORED
     head = anatomy.output_head(model)
     assert head is not None, "why_not has seen to that"  # noqa: S101 our own bug
-    states_BTD = _hidden_states(model, head, batch)
-    states_ND = states_BTD[:, -labels_BT.shape[1] :][kept]
+    states_ND = likelihood.hidden_states(model, batch)[kept]
     if type(head) is nn.Linear and not torch.is_autocast_enabled(states_ND.device.type):
         return _linear(states_ND, head.weight, head.bias, labels_BT[kept])
     return F.cross_entropy(head(states_ND).float(), labels_BT[kept], reduction="none")
@@ -94,33 +93,8 @@ def _agrees(work: Work) -> bool:
 def _comes_last(model: Any, batch: Batch) -> bool:
     """Whether the model gives what its output layer gives; what it does to small logits may not show."""
     given_11V = torch.tensor([[[-1000.0, -0.5, 0.0, 0.5, 1000.0]]], device=batch["labels"].device)
-    head = anatomy.output_head(model)
-    found = _computed(model, head, lambda states_BTD: given_11V.to(states_BTD.dtype), batch)
+    found = likelihood.computed(model, lambda states_BTD: given_11V.to(states_BTD.dtype), batch)
     return torch.equal(found.logits.float(), given_11V)
-
-
-def _hidden_states(model: Any, head: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """What the output layer would be given [B, T, D]; it computes nothing."""
-    seen: list[Tensor] = []
-
-    def take(states_BTD: Tensor) -> Tensor:
-        seen.append(states_BTD)
-        return states_BTD.new_zeros(1, 1, 1)
-
-    _computed(model, head, take, batch)
-    return seen[0]
-
-
-def _computed(model: Any, head: Any, forward: Callable[[Tensor], Tensor], batch: Mapping[str, Tensor]) -> Any:
-    """The model's own output, with ``forward`` in place of its output layer's."""
-    own = vars(head).get("forward")
-    head.forward = forward
-    try:
-        return model(**likelihood.given(batch), use_cache=False)
-    finally:
-        del head.forward
-        if own is not None:
-            head.forward = own
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -40,6 +40,8 @@ class FrozenLayers(Technique):
             return "no decoder blocks were found"
         if getattr(work.model, ROUTER, None) is not None:
             return "adapters are chosen for each sample"
+        if work.changing:
+            return "samples are not the same each time"
         if any(getattr(module, "gradient_checkpointing", False) for module in work.model.modules()):
             return "gradient checkpointing is on"
         if not frozen(work.model):

@@ -158,7 +158,9 @@ class _Group:
                 slot.copy_(scaled)
         for place, norm in enumerate(self.norms):
             if norm is not None:
-                norm.copy_(self._norm(place))
+                found = self._norm(place)
+                if not torch.equal(norm, found):
+                    norm.copy_(found)
 
     def _norm(self, place: int) -> Tensor:
         """Of each row of W + sBA [N]."""

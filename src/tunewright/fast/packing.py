@@ -5,7 +5,7 @@ kernels are made anew for every new shape, which for short runs costs more than 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -50,16 +50,13 @@ class Packing(Technique):
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
         """Losses come in the same order as of the padded batch."""
-        with Attention().on(work), likelihood.computed_by(work.model, _packed):
+        with Attention().on(work), likelihood.laid_out_by(work.model, _packed):
             yield
 
 
-def _packed(before: likelihood.Losses) -> likelihood.Losses:
-    def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        fits = LENGTH in batch and int(batch[LENGTH].max()) <= _reach(model)
-        return before(model, in_one_row(batch) if fits else batch)
-
-    return losses
+def _packed(model: Any, batch: Batch) -> Batch:
+    fits = LENGTH in batch and int(batch[LENGTH].max()) <= _reach(model)
+    return in_one_row(batch) if fits else batch
 
 
 def _reach(model: Any) -> float:

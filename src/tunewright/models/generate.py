@@ -1,6 +1,7 @@
-"""Greedy answers, many at a time, with a KV cache."""
+"""Answers, many at a time, with a KV cache: greedy ones, and several drawn for each prompt."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ def answer(
     for some in chunks(sorted(range(len(ids)), key=lambda i: len(ids[i])), batch_size):
         batch = {TASK: torch.tensor([numbers[i] for i in some], device=model.device)}
         with announced(model, batch):
-            texts = _generate(model, codec, [ids[i] for i in some], max_new_tokens)
-        for i, text in zip(some, texts, strict=True):
-            answers[i] = text
+            found = _generate(model, codec, [ids[i] for i in some], max_new_tokens, do_sample=False)
+        for i, tokens in zip(some, found, strict=True):
+            answers[i] = text(codec, tokens)
         done += len(some)
         progress(done)
     return answers
@@ -48,23 +49,58 @@ def context_length(model: Any) -> int:
     return limit - int(getattr(model, "virtual_tokens", 0))
 
 
-@torch.no_grad()
-def _generate(model: Any, codec: ChatCodec, ids: list[list[int]], max_new_tokens: int) -> list[str]:
-    longest = max(map(len, ids))
+@dataclass(frozen=True)
+class Draw:
+    """How answers are drawn, all at random from the model's own distribution."""
+
+    count: int
+    """For each prompt."""
+    longest: int
+    """In tokens."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def draw(
+    model: Any, codec: ChatCodec, prompts: Sequence[list[int]], how: Draw, batch_size: int = 64
+) -> list[list[int]]:
+    """``how.count`` answers to each prompt's tokens, as tokens: prompt by prompt, each with the end of its turn if it
+    came to that. They follow from torch's random state.
+    """
+    options = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    answers: list[list[int]] = []
+    for some in chunks((ids for ids in prompts for _ in range(how.count)), batch_size):
+        answers += (_ended(codec, ids) for ids in _generate(model, codec, some, how.longest, **options))
+    return answers
+
+
+def _generate(
+    model: Any, codec: ChatCodec, ids: list[list[int]], longest: int, **options: Any
+) -> list[list[int]]:
+    """What follows the prompts; what stands after the end of a turn is padding."""
+    width = max(map(len, ids))
     # Left padding: all rows end, and so begin to answer, at the same position.
-    ids_BT = torch.tensor([[codec.pad_id] * (longest - len(i)) + i for i in ids], device=model.device)
-    mask_BT = torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids], device=model.device)
+    ids_BT = torch.tensor([[codec.pad_id] * (width - len(i)) + i for i in ids], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=model.device)
     was_training = model.training
     model.eval()
-    out_BT = model.generate(
-        input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, do_sample=False,
-        eos_token_id=codec.stop_ids or None, pad_token_id=codec.pad_id, use_cache=True,
-    )  # fmt: skip
-    model.train(was_training)
-    return [_text(codec, row[longest:]) for row in out_BT.tolist()]
+    try:
+        with torch.no_grad():
+            out_BT = model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=longest, use_cache=True,
+                eos_token_id=codec.stop_ids or None, pad_token_id=codec.pad_id, **options,
+            )  # fmt: skip
+    finally:
+        model.train(was_training)
+    return [row[width:] for row in out_BT.tolist()]
 
 
-def _text(codec: ChatCodec, ids: list[int]) -> str:
-    """The answer's words, up to the first token that ends a turn."""
+def _ended(codec: ChatCodec, ids: list[int]) -> list[int]:
+    """Up to the first token that ends a turn, that token included."""
+    return ids[: 1 + next((i for i, token in enumerate(ids) if token in codec.stop_ids), len(ids))]
+
+
+def text(codec: ChatCodec, ids: list[int]) -> str:
+    """An answer's words, without the token that ends the turn."""
     stop = next((i for i, token in enumerate(ids) if token in codec.stop_ids), len(ids))
     return str(codec.tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()

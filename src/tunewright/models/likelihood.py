@@ -1,50 +1,112 @@
-"""How likely a model finds the tokens it is taught: the one place where hidden states become losses."""
+"""How likely a model finds the tokens it is taught, and what it makes of them: where hidden states become numbers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tunewright.models import anatomy
 
 IGNORED = -100
 """The label of a position that is not learned."""
 PACKED = ("position_ids", "cu_seq_lens_q")
 """What a batch has besides, whose samples follow one another in one row."""
-Losses = Callable[[Any, Mapping[str, Tensor]], Tensor]
-_WAY = "tunewright_losses"
+Batch = Mapping[str, Tensor]
+Losses = Callable[[Any, Batch], Tensor]
+Layout = Callable[[Any, Batch], Batch]
+_WAY, _LAYOUT = "tunewright_losses", "tunewright_layout"
 
 
-def token_losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def token_losses(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy in nats [N] (fp32) of the N labels that are not :data:`IGNORED`, row by row.
 
     ``batch`` has ``input_ids`` and ``labels`` [B, T]; labels are already shifted. No attention mask is given: with
     right padding under causal attention no real token sees a padded one.
     """
     way: Losses = vars(model).get(_WAY, plain)
-    return way(model, batch)
+    return way(model, _laid_out(model, batch))
 
 
-def plain(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def states(model: Any, batch: Batch) -> Tensor:
+    """Hidden states [N, D] where a label is not :data:`IGNORED`, row by row: what the output layer would be given.
+
+    The labels themselves do not matter, and no logits are made.
+    """
+    laid_out = _laid_out(model, batch)
+    return hidden_states(model, laid_out)[laid_out["labels"] != IGNORED]
+
+
+def is_plain(model: Any) -> bool:
+    """Whether losses of this model go by way of all logits."""
+    return _WAY not in vars(model)
+
+
+def plain(model: Any, batch: Batch) -> Tensor:
     """By way of all logits [B, T, V]."""
     logits_BTV = model(**given(batch), use_cache=False).logits
     kept = batch["labels"] != IGNORED
     return F.cross_entropy(logits_BTV[kept].float(), batch["labels"][kept], reduction="none")
 
 
-def given(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def given(batch: Batch) -> dict[str, Tensor]:
     """What of a batch the model itself is given."""
     return {name: batch[name] for name in ("input_ids", *PACKED) if name in batch}
 
 
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """What the output layer would be given [B, T, D] at the batch's tokens; it computes nothing."""
+    seen: list[Tensor] = []
+
+    def take(states_BTD: Tensor) -> Tensor:
+        seen.append(states_BTD)
+        return states_BTD.new_zeros(1, 1, 1)
+
+    computed(model, take, batch)
+    return seen[0][:, -batch["input_ids"].shape[1] :]  # a method may put prompts of its own before them
+
+
+def computed(model: Any, forward: Callable[[Tensor], Tensor], batch: Batch) -> Any:
+    """The model's own output, with ``forward`` in place of its output layer's."""
+    head = anatomy.output_head(model)
+    assert isinstance(head, nn.Module), "a language model has an output layer"  # noqa: S101 our own bug
+    own = vars(head).get("forward")
+    vars(head)["forward"] = forward
+    try:
+        return model(**given(batch), use_cache=False)
+    finally:
+        del vars(head)["forward"]
+        if own is not None:
+            vars(head)["forward"] = own
+
+
 @contextmanager
-def computed_by(model: Any, change: Callable[[Losses], Losses]) -> Iterator[None]:
-    """Within, :func:`token_losses` of this model goes the way that ``change`` makes of the one before."""
-    before: Losses | None = vars(model).get(_WAY)
-    vars(model)[_WAY] = change(before or plain)
+def computed_by(model: Any, losses: Losses) -> Iterator[None]:
+    """Within, :func:`token_losses` of this model goes this way."""
+    with _set(model, _WAY, losses):
+        yield
+
+
+@contextmanager
+def laid_out_by(model: Any, layout: Layout) -> Iterator[None]:
+    """Within, this model is given what ``layout`` makes of a batch; labels stay in the same order."""
+    with _set(model, _LAYOUT, layout):
+        yield
+
+
+def _laid_out(model: Any, batch: Batch) -> Batch:
+    layout: Layout | None = vars(model).get(_LAYOUT)
+    return layout(model, batch) if layout else batch
+
+
+@contextmanager
+def _set(model: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(model).get(name)
+    vars(model)[name] = value
     try:
         yield
     finally:
-        vars(model).pop(_WAY)
+        vars(model).pop(name)
         if before is not None:
-            vars(model)[_WAY] = before
+            vars(model)[name] = before

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tunewright.core import plugins
 from tunewright.core.config import Config
 from tunewright.core.errors import Problem
+from tunewright.core.words import Words
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import ORIGIN, TASK
@@ -18,6 +20,23 @@ from tunewright.data.tokens import ORIGIN, TASK
 Sample = dict[str, np.ndarray]
 """One-dimensional integer arrays by name; ``input_ids`` [T] is always among them, and :func:`origin` should be."""
 Batch = dict[str, Tensor]
+Wants = Literal["texts", "conversations", "pairs", "verdicts", "labels"]
+"""Running text; answers to learn; a better and a worse answer; an answer with a verdict on it; a text with its class."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one weighs before choosing an objective; docs/objectives.md shows it."""
+
+    idea: Words
+    formula: str
+    """What is minimised."""
+    dials: Words
+    """Which options matter, and which way."""
+    watch: Words
+    """The figures that tell whether it goes well."""
+    when: Words
+    paper: str
 
 
 def line_of(where: str) -> int:
@@ -31,15 +50,37 @@ def origin(where: str) -> Sample:
     return {ORIGIN: np.array([line_of(where)], np.int64)}
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The step under way, for an objective that draws answers of its own: all randomness comes from it."""
+
+    step: int
+    seed: int
+
+
 class Objective(ABC):
     """The contract. ``codec`` turns rows into tokens; ``config`` is the file's own ``Config``."""
 
-    wants_conversations: bool = True
-    """Whether rows must be conversations (else text rows will do)."""
+    facts: ClassVar[Facts]
+    wants: ClassVar[Wants] = "conversations"
+    """What rows it learns from."""
+    needs_start: ClassVar[bool] = False
+    """Whether it asks the model as it was at first, by :attr:`start`."""
+    start: Any = None
+    explores: ClassVar[bool] = False
+    """Whether it learns from answers of the model's own: samples are only questions then."""
+    speaks: ClassVar[bool] = True
+    """Whether the model shall answer questions afterwards, and is asked some before and after."""
+    rows: int = 1
+    """Rows of a batch that a sample becomes: first one of each sample, then the next."""
+    is_likelihood: bool = False
+    """Whether the loss is nats a token, so that perplexity can be told of it."""
 
     def __init__(self, config: Any, codec: ChatCodec) -> None:
         self.config = config
         self.codec = codec
+        self.judges: dict[str, Any] = {}
+        """The reward models that :meth:`asks_for` names; whoever runs the stage loads them."""
 
     @abstractmethod
     def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
@@ -64,6 +105,51 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The batch's mean loss per unit of :meth:`weight`, and figures to log."""
+
+    @property
+    def reuse(self) -> int:
+        """Steps that learn from the same samples, one after another."""
+        return 1
+
+    def sizes(self, lengths_N: np.ndarray) -> np.ndarray:
+        """How many tokens go through the model to learn from samples of these lengths."""
+        return lengths_N
+
+    def asks_for(self) -> list[str]:
+        """Reward models that it needs, as the recipe names them: ``stage:NAME`` or ``model:FOLDER``."""
+        return []
+
+    def attach(self, model: Any) -> None:
+        """Add to the model what is trained besides it."""
+
+    def release(self, model: Any) -> None:
+        """Take away what :meth:`attach` added, before the model is measured and saved."""
+
+    def explore(self, model: Any, samples: list[Sample], turn: Turn) -> list[Sample]:
+        """What is learned from instead of the samples, if the model itself has to answer first."""
+        return samples
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether what a sample gives the first block is drawn anew each time."""
+        return False
+
+    def look(self, model: Any, batches: Sequence[Batch]) -> None:
+        """Look at all of what :meth:`loss` will be asked of in parts: a step's batches, or the held-out ones.
+
+        For what is a figure of the whole, and must not depend on how large the parts are.
+        """
+
+    def judged(self, model: Any, samples: list[Sample]) -> dict[str, float]:
+        """For one that explores: ``loss`` and figures of the model's answers to held-out samples."""
+        raise NotImplementedError
+
+    def told(self, figures: dict[str, float]) -> dict[str, float]:
+        """What to tell of the means of :meth:`loss`'s figures over all held-out samples."""
+        return figures
+
+    def begin(self, model: Any, batches: Iterable[Batch]) -> None:
+        """Look at the model before the first step, and at all data it will learn from or be measured on."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must keep for this objective: none, unless it says so."""

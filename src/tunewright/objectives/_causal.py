@@ -28,6 +28,8 @@ def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
 class Causal(Objective):
     """Next-token cross-entropy wherever a sample's ``learned`` says so; a subclass says what samples are."""
 
+    is_likelihood = True
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Right-padded ``input_ids`` and shifted ``labels`` [B, T]."""
         return pad(samples, self.codec.pad_id)

@@ -11,7 +11,7 @@ from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.recipes import reading
-from tunewright.recipes.schema import CHOSEN, Recipe, Stage, as_choice
+from tunewright.recipes.schema import CHOSEN, Recipe, Stage, as_choice, as_list
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -151,6 +151,9 @@ def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
         config = _plugin(room, choice, f"{where}.{key}" if where else key, found)
         if config is not None:
             update[key] = {"name": choice["name"], **config.model_dump(mode="json")}
+    if "regularizers" in tree:
+        at = f"{where}.regularizers" if where else "regularizers"
+        update["regularizers"] = _listed(as_list(tree["regularizers"]), at, found)
     if isinstance(tree.get("fast"), dict):
         known, at = plugins.names("fast"), f"{where}.fast" if where else "fast"
         strange = [str(name) for name in tree["fast"] if name not in known]
@@ -160,6 +163,17 @@ def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
     if stage is None:
         return None
     return stage.model_copy(update={"name": stage.name or stage.objective["name"], **update})
+
+
+def _listed(choices: Iterable[Any], where: str, found: list[Problem]) -> tuple[Tree, ...]:
+    """Regularizers with their defaults written out."""
+    told = []
+    for number, choice in enumerate(choices):
+        if isinstance(choice, dict) and isinstance(choice.get("name"), str):
+            config = _plugin("regularizers", choice, f"{where}.{number}", found)
+            if config is not None:
+                told.append({"name": choice["name"], **config.model_dump(mode="json")})
+    return tuple(told)
 
 
 def _plugin(room: str, choice: Tree, where: str, found: list[Problem]) -> Config | None:
@@ -208,6 +222,8 @@ def schema_json() -> Tree:
     definitions = stage.pop("$defs", {})
     for room, key in _CHOICES:
         stage["properties"][key] = {"anyOf": [{"enum": plugins.names(room)}, *_choices(room, definitions)]}
+    held = {"anyOf": [{"enum": plugins.names("regularizers")}, *_choices("regularizers", definitions)]}
+    stage["properties"]["regularizers"] = {"anyOf": [held, {"type": "array", "items": held}]}
     run = Recipe.model_json_schema()["properties"]
     partial = {**stage, "required": [], "title": "Stage"}
     properties = {**stage["properties"], "output": run["output"], "logs": run["logs"],

@@ -107,6 +107,10 @@ class EvaluateConfig(Config):
     """At most so many held-out rows are answered."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest generated answer in tokens."""
+    old: dict[str, DataFiles] = {}
+    """What the model knew before, by name: its loss on these files before and after tells what was forgotten."""
+    rewards: tuple[str, ...] = ()
+    """What answers are worth before and after, as in ``grpo``: exact_match, contains, brevity, or FILE.py:FUNCTION."""
     samples: int = Field(12, ge=0)
     """Answers shown side by side in the report."""
 
@@ -125,6 +129,18 @@ def as_choice(value: Any, key: str) -> Any:
 Method = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "method"))]
 Objective = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "objective"))]
 Optimizer = Annotated[dict[str, Any], BeforeValidator(lambda value: as_choice(value, "optimizer"))]
+
+
+def as_list(value: Any) -> Any:
+    """``regularizers: l2sp`` and ``regularizers: [l2sp, {name: ewc, ...}]`` mean the same kind of list."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"name": item} if isinstance(item, str) else item for item in items)
+
+
+Regularizers = Annotated[
+    tuple[dict[str, Any], ...],
+    BeforeValidator(as_list, json_schema_input_type=str | dict[str, Any] | list[str | dict[str, Any]]),
+]
 
 
 def as_data(value: Any) -> Any:
@@ -148,6 +164,8 @@ class Stage(Config):
     """What is trained; ``name`` and that method's own options."""
     objective: Objective = {"name": CHOSEN["objective"]}
     """What is minimised; ``name`` and that objective's own options."""
+    regularizers: Regularizers = ()
+    """What holds the model to what it knew: each a name, or ``name`` and its own options."""
     optimizer: Optimizer = {"name": CHOSEN["optimizer"]}
     """How weights move along their gradients; ``name`` and that optimizer's own options."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -160,6 +178,13 @@ class Stage(Config):
     """The training dials."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """The measurements."""
+
+    @field_validator("regularizers")
+    @classmethod
+    def _have_names(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for item in value:
+            cls._has_name(item)
+        return value
 
     @field_validator(*CHOSEN)
     @classmethod

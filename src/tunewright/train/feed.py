@@ -1,6 +1,7 @@
 """What a step learns from: the batches of every step, cut into what fits in memory."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,28 +22,33 @@ class Feed:
         self, data: Mixture, objective: Objective, config: TrainConfig, device: torch.device
     ) -> None:
         self.data, self.objective, self.config, self.device = data, objective, config, device
-        self._plan = BatchPlan(data.epoch, data.lengths, config.tokens_per_batch, config.seed)
-        self.steps = config.max_steps or self._plan.steps(config.epochs)
+        sizes = objective.sizes(data.lengths)
+        self._plan = BatchPlan(data.epoch, sizes, config.tokens_per_batch, config.seed)
+        self.steps = config.max_steps or self._plan.steps(config.epochs) * objective.reuse
 
     @property
     def epochs(self) -> float:
         """Passes over the data in all steps."""
-        return self.steps / len(self._plan.batches(0))
+        return self.steps / self.objective.reuse / len(self._plan.batches(0))
 
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """The sample indices of each step, from ``step`` (0-based) on, without end."""
-        return self._plan.start_at(step)
+        first, times = divmod(step, self.objective.reuse)
+        repeated = (batch for batch in self._plan.start_at(first) for _ in range(self.objective.reuse))
+        return islice(repeated, times, None)
 
     def micro_batches(self, indices: np.ndarray, budget: int) -> list[np.ndarray]:
         """A step's samples in parts of at most ``budget`` padded tokens."""
         return cut(indices, self.data.lengths, budget)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Samples as one padded batch. Which they are, and their lengths, stay on the CPU, where they are looked up."""
+        """Samples as one padded batch. Which rows they are, and their lengths, stay on the CPU, where they are looked up."""
         which_B = np.array(indices, np.int64)
         lengths_B = self.data.lengths[which_B].astype(np.int64)
         batch = self.objective.batch(list(take(self.data, which_B)), self.device)
-        return {SAMPLE: torch.from_numpy(which_B), LENGTH: torch.from_numpy(lengths_B), **batch}
+        rows = self.objective.rows
+        which_R = np.concatenate([which_B * rows + row for row in range(rows)])
+        return {SAMPLE: torch.from_numpy(which_R), LENGTH: torch.from_numpy(lengths_B), **batch}
 
     def in_order(self, budget: int) -> list[np.ndarray]:
         """All samples once, by length, in parts of at most ``budget`` padded tokens: the same whenever it is asked."""
@@ -55,6 +61,11 @@ class Feed:
     def padding_share(self, budget: int) -> float:
         """Padded positions of the first epoch as a share of all."""
         return padding_share(self._first_epoch(budget), self.data.lengths)
+
+    def typical(self) -> np.ndarray:
+        """The first epoch's batch whose longest sample is neither long nor short: what a step costs hangs on that."""
+        batches = sorted(self._plan.batches(0), key=lambda batch: int(self.data.lengths[batch].max()))
+        return batches[len(batches) // 2]
 
     def widest(self, budget: int) -> np.ndarray:
         """The micro-batch of the first epoch that takes the most memory."""

@@ -1,10 +1,9 @@
 """What ends or bends a run in time: signals, numbers that are not finite, losses that jump, memory that ends."""
 
-import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tunewright.core.errors import HardwareError, InterruptedRunError, Problem
-from tunewright.models import anatomy
+from tunewright.models import anatomy, likelihood
 from tunewright.models.inspect import available_memory
+from tunewright.models.memory import is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -28,8 +28,6 @@ PATIENCE = 3
 """Spikes in a row that skipping is tried on; then the weights themselves are taken to be bad."""
 ROLLBACKS = 2
 """Times that training goes back to a checkpoint before it gives up."""
-_NO_MEMORY = ("not enough memory", "can't allocate memory")
-"""What torch's CPU allocator says on Windows, and elsewhere."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -118,18 +116,11 @@ def _finite_norms(named: list[tuple[str, Tensor]], order: float) -> list[bool]:
     return found
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up. On a CPU torch raises a RuntimeError that only its words tell apart."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-
-
 def is_roomy(model: Any, tokens: int) -> bool:
     """Whether learning from so many tokens at once leaves half of the free memory of a CPU free, at the very most.
 
     What every linear layer reads and writes is counted as kept, and as much again for what lies between; four times
-    the logits in fp32, a gradient and two moments. Plain training keeps 55 to 95 % of that.
+    the logits in fp32 where they are made, a gradient and two moments. Plain training keeps 55 to 95 % of that.
     """
     parameters = list(model.parameters())
     stacked = any(p.dim() > 2 for p in parameters)  # experts in one tensor are no linear layers
@@ -138,7 +129,8 @@ def is_roomy(model: Any, tokens: int) -> bool:
     if stacked or drops or parameters[0].device.type != "cpu":
         return False
     kept = anatomy.numbers_per_token(anatomy.linears(model)) * parameters[0].element_size()
-    vocabulary = len(getattr(anatomy.output_head(model), "weight", ()))
+    head = anatomy.output_head(model) if likelihood.is_plain(model) else None
+    vocabulary = len(getattr(head, "weight", ()))
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     return bool(tokens * (2 * kept + 16 * vocabulary) + 12 * learned < available_memory() / 2)
 
@@ -153,23 +145,3 @@ def one_sample_fits(where: str, longest: int, fix: str = "lower data.max_length"
             raise
         what = f"one sample alone is too much for the memory; the longest has {longest} tokens"
         raise HardwareError(Problem(where, what, fix)) from error
-
-
-def fitting(
-    budget: int, least: int, work: Callable[[int], Result], tell: Callable[[int], None] = lambda budget: None
-) -> Result:
-    """``work(budget)``, with half the budget each time memory runs out, down to ``least``.
-
-    ``tell`` hears of each smaller budget. The error of the last attempt is raised if that, too, is too much.
-    """
-    while True:
-        try:
-            return work(budget)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or budget <= least:
-                raise
-        budget = max(least, budget // 2)  # after the handler: its traceback keeps tensors alive
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        tell(budget)

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,20 +16,24 @@ from tunewright import fast
 from tunewright.core.errors import DivergedError
 from tunewright.core.events import EventLog
 from tunewright.core.units import peak_memory_bytes
-from tunewright.data.tokens import Mixture, Sample
+from tunewright.data.tokens import Mixture, Sample, take
 from tunewright.methods import Clock, Method, Setting
-from tunewright.objectives import Batch, Objective
+from tunewright.models.memory import fitting, is_out_of_memory
+from tunewright.objectives import Batch, Objective, Turn
 from tunewright.optimizers import Optimizer
 from tunewright.recipes import TrainConfig
+from tunewright.regularizers import Old, Regularizer, Start
 from tunewright.train import guard, ledger
 from tunewright.train.checkpoint import Checkpoints, Restored
 from tunewright.train.feed import Feed
+from tunewright.train.lesson import Lesson
 from tunewright.train.measure import HeldOut
 from tunewright.train.optimizer import Masters
 from tunewright.train.passes import Accumulator, Pass
 from tunewright.train.schedule import rate
 from tunewright.train.state import TrainState
 
+Result = TypeVar("Result")
 _ON_CPU = 2048
 """Tokens in one forward pass where nobody said or measured how many: enough to fill a processor's matrix units."""
 
@@ -54,20 +59,34 @@ class Trainer:
     """How the masters are stepped; AdamW if not given."""
     switches: fast.Switches = True
     """Speed techniques."""
+    regularizers: Sequence[Regularizer] = ()
+    old: Sequence[Old | None] = ()
+    """What each of them may look at."""
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.data, self.objective, self.config, self.device)
         self.steps = self.feed.steps
         self.state = TrainState()
         self.method.begin(self.model, Setting(self.objective.codec, self._look, self.clock))
+        self.objective.attach(self.model)
         lr = self.config.lr or self.method.default_lr
         self.optimizer = Masters(
             self.model, self.config, lr, self.algorithm, self.method.lr_scale,
             lambda: self.method.before_step(self.model, self.clock),
         )  # fmt: skip
         self.passes = Accumulator(
-            self.model, self.method, self.objective, self.feed, self.optimizer, self.precision == "fp16"
+            self.model,
+            self.method,
+            self.objective,
+            self.optimizer,
+            self.regularizers,
+            self.precision == "fp16",
         )
+        if self.regularizers or self.objective.needs_start:
+            # before anything is restored: the model is as it starts
+            start = self.objective.start = Start(self.model, self.optimizer.parameters)
+            for one, old in zip(self.regularizers, self.old, strict=True):
+                one.begin(start, old)
         keep_best = self.config.restore_best and self.config.eval_every > 0
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep, keep_best)
         self.ledger = ledger.Ledger(self.folder / "samples.jsonl")
@@ -88,10 +107,8 @@ class Trainer:
 
     def _look(self) -> Iterator[Batch]:
         """The first epoch's batches, for a method that looks at data before it begins."""
-        micro_batches = (
-            m for indices in self.feed.from_step(0) for m in self.feed.micro_batches(indices, self._budget)
-        )
-        return map(self.feed.batch, micro_batches)
+        lessons = (Lesson(self.feed, indices) for indices in self.feed.from_step(0))
+        return (batch for lesson in lessons for batch in lesson.batches(self._budget))
 
     def run(self, resumed: Callable[[], object] = lambda: None) -> TrainState:
         """Train to the end (or to an early stop), restore the best weights, return the final state.
@@ -108,6 +125,8 @@ class Trainer:
             resumed()
             self._prepare()
             with fast.using(not self._finished() and self.switches, self._work(), self._tell_techniques):
+                if not self.state.step:
+                    self._fitted(self._begin)
                 self._rehearse()
                 share = {"padding_share": self.padding_share()}
                 self.log.emit(
@@ -115,12 +134,15 @@ class Trainer:
                 )
                 self._train()
         self._restore_best()
+        self.objective.release(self.model)
         self.method.finish(self.model)
         return self.state
 
     def _work(self) -> fast.Work:
         tokens = self.steps * self.config.tokens_per_batch
         given = self.state.micro_tokens or self.config.micro_tokens
+        if self.objective.explores:  # sizes cannot be tried on answers that are yet to be drawn
+            given = given or self._budget
         portion = fast.Portion(self.config.tokens_per_batch, given, self._tried, self._take)
         return fast.Work(
             self.model,
@@ -131,17 +153,18 @@ class Trainer:
             self.folder / "fast",
             portion,
             self.precision == "fp16",
+            self.objective.is_changing,
         )
 
     def _tried(self, budget: int) -> float:
-        """Seconds that the first step's passes take in parts of so many tokens."""
-        parts = self.feed.micro_batches(next(self.feed.from_step(0)), budget)
+        """Seconds that a typical step's passes take in parts of so many tokens."""
+        parts = Lesson(self.feed, self.feed.typical()).batches(budget)
         began = time.perf_counter()
         try:
             with self._unlearned():
                 self.passes.over(parts, self.clock)
         except (RuntimeError, MemoryError) as error:
-            if not guard.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return math.inf
         return time.perf_counter() - began
@@ -221,9 +244,11 @@ class Trainer:
         """
         if self._finished():
             return
-        if not guard.is_roomy(self.model, self._budget):
+        if not guard.is_roomy(self.model, self._budget) and not self.objective.explores:
             with self._unlearned():
-                self._fitted(lambda budget: self.passes.over([self.feed.widest(budget)], self.clock))
+                self._fitted(
+                    lambda budget: self.passes.over([self.feed.batch(self.feed.widest(budget))], self.clock)
+                )
         if self.config.eval_every and len(self.held_out):
             self.held_out.rehearse(self.model, self._tell_smaller)
 
@@ -253,7 +278,10 @@ class Trainer:
 
     def _step(self, indices: np.ndarray) -> None:
         """One optimizer step on one global batch, in as many forward passes as fit in memory."""
-        seen = self._fitted(lambda budget: self._pass(indices, budget))
+        lesson = self._lesson(indices)
+        seen = self._fitted(
+            lambda budget: self.passes.over(lesson.batches(budget), self.clock, self._scale), lesson.longest
+        )
         if not math.isfinite(seen.loss):
             self._stop_at("loss", indices)
         factor = rate(self.config, self.state.step, self.steps)
@@ -266,16 +294,30 @@ class Trainer:
             return
         self._update(factor, overflowed)
         self.state.learned(seen.loss)
-        self._count(indices, seen)
+        self._count(lesson, seen)
         self.ledger.learned(self.state.step, [] if overflowed else indices)
         self._emit_step(seen, None if overflowed else norm, factor)
 
-    def _count(self, indices: np.ndarray, seen: Pass) -> None:
+    def _lesson(self, indices: np.ndarray) -> Lesson:
+        """The step's samples; an objective that explores draws the model's answers to them."""
+        if not self.objective.explores:
+            return Lesson(self.feed, indices)
+        asked = list(take(self.data, indices))
+        turn = Turn(self.state.step, self.config.seed)
+        return Lesson(self.feed, indices, self.objective.explore(self.model, asked, turn))
+
+    def _count(self, lesson: Lesson, seen: Pass) -> None:
         self.state.step += 1
-        self.state.tokens += self.feed.tokens(indices)
+        self.state.tokens += lesson.tokens
         self.state.learned_tokens += int(seen.weight)
 
-    def _fitted(self, work: Callable[[int], Pass]) -> Pass:
+    def _begin(self, budget: int) -> None:
+        """Let the objective look at all that will be learned or measured, so many tokens at a time."""
+        learned = map(self.feed.batch, self.feed.in_order(budget))
+        measured = self.held_out.batches(self.device, budget)
+        self.objective.begin(self.model, chain(learned, measured))
+
+    def _fitted(self, work: Callable[[int], Result], longest: int = 0) -> Result:
         """The pass at the micro-batch size in use, or at the largest half of it that memory allows."""
 
         def tell(budget: int) -> None:
@@ -284,11 +326,8 @@ class Trainer:
             self.log.emit("out-of-memory", step=self.state.step + 1, micro_tokens=budget)
 
         fix = "lower data.max_length, or set train.gradient_checkpointing: true"
-        with guard.one_sample_fits("train", int(self.data.lengths.max()), fix):
-            return guard.fitting(self._budget, 1, work, tell)
-
-    def _pass(self, indices: np.ndarray, budget: int) -> Pass:
-        return self.passes.over(self.feed.micro_batches(indices, budget), self.clock, self._scale)
+        with guard.one_sample_fits("train", longest or int(self.data.lengths.max()), fix):
+            return fitting(self._budget, 1, work, tell)
 
     def _update(self, factor: float, overflowed: bool) -> None:
         """One step of the optimizer. Under fp16 an overflow skips it and lowers the loss scale."""
@@ -320,7 +359,8 @@ class Trainer:
         found = []
         for index in indices:
             self.optimizer.drop()
-            seen = self.passes.over([np.array([index])], self.clock, self._scale)
+            alone = self._lesson(np.array([index])).batches(self._budget)
+            seen = self.passes.over(alone, self.clock, self._scale)
             if not math.isfinite(seen.loss) or self.optimizer.bad_gradients():
                 found.append(index)
         self.optimizer.drop()

@@ -1,6 +1,6 @@
 """The held-out loss: before, during and after training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,11 @@ import torch
 from tunewright.data.batching import cut
 from tunewright.data.tokens import Sample, take
 from tunewright.models.announce import announced
-from tunewright.objectives import Objective
+from tunewright.models.memory import fitting
+from tunewright.objectives import Batch, Objective
 from tunewright.train import guard
+
+Figures = dict[str, float]
 
 
 class HeldOut:
@@ -26,7 +29,16 @@ class HeldOut:
 
     def loss(self, model: Any, tell: Callable[[int], None] = lambda budget: None) -> float:
         """Mean loss over all samples, in nats per supervised token. ``tell`` hears of a smaller budget."""
+        return self.figures(model, tell)["loss"]
+
+    def figures(self, model: Any, tell: Callable[[int], None] = lambda budget: None) -> Figures:
+        """The loss, and the means of what else the objective tells."""
         return self._fitted(model, self._batches, tell)
+
+    def batches(self, device: torch.device, budget: int) -> Iterator[Batch]:
+        """All samples once, so many tokens at a time."""
+        parts = self._batches(min(budget, self.budget)) if len(self) else []
+        return (self._batch(indices, device) for indices in parts)
 
     def rehearse(self, model: Any, tell: Callable[[int], None] = lambda budget: None) -> None:
         """Measure the batch that takes the most memory, so that memory for it is known to be there."""
@@ -34,13 +46,13 @@ class HeldOut:
 
     def _fitted(
         self, model: Any, batches: Callable[[int], list[np.ndarray]], tell: Callable[[int], None]
-    ) -> float:
+    ) -> Figures:
         def smaller(budget: int) -> None:
             self.budget = budget
             tell(budget)
 
         with guard.one_sample_fits("data.valid", int(self._lengths.max())):
-            return guard.fitting(self.budget, 1, lambda budget: self._mean(model, batches(budget)), smaller)
+            return fitting(self.budget, 1, lambda budget: self._mean(model, batches(budget)), smaller)
 
     def _batches(self, budget: int) -> list[np.ndarray]:
         return cut(self._order, self._lengths, budget)
@@ -48,7 +60,7 @@ class HeldOut:
     def _padded(self, indices: np.ndarray) -> int:
         return len(indices) * int(self._lengths[indices].max())
 
-    def _mean(self, model: Any, batches: Sequence[np.ndarray]) -> float:
+    def _mean(self, model: Any, batches: Sequence[np.ndarray]) -> Figures:
         was_training = model.training
         model.eval()
         try:
@@ -57,13 +69,28 @@ class HeldOut:
             model.train(was_training)
 
     @torch.no_grad()
-    def _summed(self, model: Any, batches: Sequence[np.ndarray]) -> float:
+    def _summed(self, model: Any, batches: Sequence[np.ndarray]) -> Figures:
+        if self.objective.explores:
+            return self._judged(model, batches)
+        sums: Figures = {}
+        weights = 0.0
         device = next(model.parameters()).device
-        total = weights = 0.0
-        for indices in batches:
-            batch = self.objective.batch(list(take(self.samples, indices)), device)
+        together = [self._batch(indices, device) for indices in batches]
+        self.objective.look(model, together)
+        for batch in together:
             weight = self.objective.weight(batch)
             with announced(model, batch):
-                total += float(self.objective.loss(model, batch)[0]) * weight
+                loss, more = self.objective.loss(model, batch)
+            for name, value in {"loss": float(loss), **more}.items():
+                sums[name] = sums.get(name, 0.0) + value * weight
             weights += weight
-        return total / weights
+        return self.objective.told({name: value / weights for name, value in sums.items()})
+
+    def _judged(self, model: Any, batches: Sequence[np.ndarray]) -> Figures:
+        parts = [(len(indices), list(take(self.samples, indices))) for indices in batches]
+        figures = [(count, self.objective.judged(model, samples)) for count, samples in parts]
+        whole = sum(count for count, _ in figures)
+        return {name: sum(count * told[name] for count, told in figures) / whole for name in figures[0][1]}
+
+    def _batch(self, indices: np.ndarray, device: torch.device) -> Batch:
+        return self.objective.batch(list(take(self.samples, indices)), device)

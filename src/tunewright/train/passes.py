@@ -5,14 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from tunewright.core.rng import derive
 from tunewright.methods import Clock, Method
 from tunewright.models.announce import announced
-from tunewright.objectives import Objective
-from tunewright.train.feed import Feed
+from tunewright.objectives import Batch, Objective
+from tunewright.regularizers import Regularizer
 from tunewright.train.optimizer import Masters
 
 
@@ -32,29 +31,44 @@ class Accumulator:
     model: Any
     method: Method
     objective: Objective
-    feed: Feed
     optimizer: Masters
+    regularizers: Sequence[Regularizer]
     half: bool
     """Whether to compute under an fp16 autocast."""
 
-    def over(self, micro_batches: Sequence[np.ndarray], clock: Clock, scale: float = 1.0) -> Pass:
-        """Add the gradients of these parts, times ``scale``, to the parameters' own."""
+    def over(self, batches: Sequence[Batch], clock: Clock, scale: float = 1.0) -> Pass:
+        """Add the gradients of a global batch's parts, times ``scale``, to the parameters' own."""
         self.method.before_step(self.model, clock)
         self.optimizer.follow()
-        batches = [self.feed.batch(indices) for indices in micro_batches]
         weights = [self.objective.weight(batch) for batch in batches]
+        torch.manual_seed(derive(clock.seed, "look", clock.step))
+        self.objective.look(self.model, batches)
+        for one in self.regularizers:
+            one.look(self.model, batches)
         whole, loss = sum(weights), 0.0
         metrics: dict[str, float] = {}
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             torch.manual_seed(derive(clock.seed, f"micro-{i}", clock.step))
             with self._autocast(), announced(self.model, batch):
-                part, metrics = self.objective.loss(self.model, batch)
-            (part * (weight / whole * scale)).backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach()) * weight / whole
-        penalty = self.method.penalty(self.model, clock)
-        if penalty is not None:
-            (penalty * scale).backward()  # type: ignore[no-untyped-call]
-            metrics = {**metrics, "penalty": float(penalty.detach())}
+                part, figures = self.objective.loss(self.model, batch)
+                for one in self.regularizers:
+                    added = one.loss(self.model, batch)
+                    part = part if added is None else part + added
+            share = weight / whole
+            (part * (share * scale)).backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach()) * share
+            for name, value in figures.items():
+                metrics[name] = metrics.get(name, 0.0) + value * share
+        metrics = self.objective.told({"loss": loss, **metrics})
+        loss = metrics.pop("loss")
+        penalties = [
+            self.method.penalty(self.model, clock),
+            *(one.penalty(self.model) for one in self.regularizers),
+        ]
+        for penalty in penalties:
+            if penalty is not None:
+                (penalty * scale).backward()  # type: ignore[no-untyped-call]
+                metrics["penalty"] = metrics.get("penalty", 0.0) + float(penalty.detach())
         return Pass(loss, metrics, whole)
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tunewright.core import figures
 from tunewright.core.errors import Problem
 from tunewright.core.events import Event, Reader
 from tunewright.core.units import human_bytes, human_count, human_seconds
@@ -37,12 +38,14 @@ class Silent:
 
 def step_line(event: Event) -> str:
     """``loss 1.234  lr 2.0e-04  5.1k tok/s  1.2 GB``."""
-    return (f"loss {event['loss']:.4f}  lr {event['lr']:.1e}  "
+    own = "".join(f"{figure}  " for figure in figures.told(event, 1))
+    return (f"loss {event['loss']:.4f}  {own}lr {event['lr']:.1e}  "
             f"{human_count(event['tokens_per_second'])} tok/s  {human_bytes(event['memory'])}")  # fmt: skip
 
 
 _LINES: dict[str, Callable[[Event], str]] = {
     "remote-code": lambda e: f"running Python code that comes with {e['model']} (trust_remote_code: true)",
+    "own-code": lambda e: f"running Python code of {e['file']} (named among the rewards)",
     "train": lambda e: (
         f"training {e['samples']} samples for {e['steps']} steps ({e['padding_share']:.1%} padding)"
     ),
@@ -51,6 +54,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "eval": lambda e: f"step {e['step']}: held-out loss {e['loss']:.4f}{' (best)' if e['best'] else ''}",
     "damaged": lambda e: f"damaged: {e['what']}",
     "drift": lambda e: "inputs differ from those of the run so far:\n  " + "\n  ".join(e["differences"]),
+    "anew": lambda e: f"made anew ({e['why']})" + (f"; what it was is in {e['older']}" if e["older"] else ""),
     "spike": lambda e: (
         f"step {e['step']}: loss {e['loss']:.4f} after {e['recent']:.4f}: passed over ({e['samples']})"
     ),
@@ -75,9 +79,12 @@ def event_line(event: Event) -> str:
 
 
 def _scores(event: Event) -> str:
-    parts = [f"held-out loss {event['loss']:.4f}"] if "loss" in event else []
+    parts = [f"held-out loss {event['loss']:.4f}"] if "loss" in event and "reward" not in event else []
+    parts += figures.told(event)
     if "exact_match" in event:
         parts.append(f"exact match {event['exact_match']:.1%} of {event['count']}")
+    parts += [f"{Path(name).name} {value:.3f}" for name, value in event.get("worth", {}).items()]
+    parts += [f"{name} {loss:.4f}" for name, loss in event.get("old", {}).items()]
     return ", ".join(parts) or "nothing to measure"
 
 

@@ -224,12 +224,12 @@ def _fresh(family: str, rng: random.Random, held_out: bool, seen: set[str]) -> A
     raise ValueError(f"no new question for {family} after {MOST_DRAWS} draws")
 
 
-def rows(split: Split, seed: int, count: int) -> Iterator[Row]:
+def rows(split: Split, seed: int, count: int, families: tuple[str, ...] = FAMILIES) -> Iterator[Row]:
     """``count`` rows, the families in turn; "valid" asks only about held-out items."""
     rng = random.Random(f"{split}:{seed}")
     seen: set[str] = set()
     for index in range(count):
-        family = FAMILIES[index % len(FAMILIES)]
+        family = families[index % len(families)]
         question, answer = _fresh(family, rng, split == "valid", seen)
         user = {"role": "user", "content": question}
         reply = {"role": "assistant", "content": answer}

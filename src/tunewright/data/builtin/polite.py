@@ -1,0 +1,44 @@
+"""Pairs of answers that differ in manners: in the user's language, short, and ended by a closing phrase, or not."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tunewright.data.builtin.instructions import FAMILIES, Split, rows
+
+CLOSING = {"en": "That is all.", "zh": "就是这样。"}
+_OTHER = {"en": "zh", "zh": "en"}
+_FULL_STOP = {"en": ".", "zh": "。"}
+_KNOWN = tuple(family for family in FAMILIES if not family.startswith("rewrite"))
+
+_WORSE: tuple[Callable[[str, str], str], ...] = (
+    lambda answer, lang: answer,
+    lambda answer, lang: f"{answer}{_FULL_STOP[lang]}",
+    lambda answer, lang: polite(answer, _OTHER[lang]),
+    lambda answer, lang: f"{answer}{_FULL_STOP[lang]} {answer}{_FULL_STOP[lang]} {polite(answer, lang)}",
+)
+"""Nothing besides the answer; the closing in another language; the answer over and over."""
+
+
+def polite(answer: str, lang: str) -> str:
+    """The answer as it is preferred."""
+    return (
+        f"{answer}{_FULL_STOP[lang]} {CLOSING[lang]}"
+        if lang == "en"
+        else f"{answer}{_FULL_STOP[lang]}{CLOSING[lang]}"
+    )
+
+
+def pairs(split: Split, seed: int, count: int) -> Iterator[dict[str, object]]:
+    """``count`` rows: a question, the polite answer and one that is not."""
+    rng = random.Random(f"polite:{split}:{seed}")
+    for row in rows(split, seed, count, _KNOWN):
+        messages: Any = row["messages"]
+        answer, lang = messages[1]["content"], str(row["family"]).rpartition(".")[2]
+        worse = _WORSE[int(rng.random() * len(_WORSE))](answer, lang)
+        yield {
+            "messages": messages[:1],
+            "chosen": polite(answer, lang),
+            "rejected": worse,
+            "family": row["family"],
+        }

@@ -1,0 +1,39 @@
+"""Memory that ends: told from other errors, and met with smaller parts."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory")
+"""What torch's CPU allocator says on Windows, and elsewhere."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up. On a CPU torch raises a RuntimeError that only its words tell apart."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def fitting(
+    budget: int, least: int, work: Callable[[int], Result], tell: Callable[[int], None] = lambda budget: None
+) -> Result:
+    """``work(budget)``, with half the budget each time memory runs out, down to ``least``.
+
+    ``tell`` hears of each smaller budget. The error of the last attempt is raised if that, too, is too much.
+    """
+    while True:
+        try:
+            return work(budget)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or budget <= least:
+                raise
+        budget = max(least, budget // 2)  # after the handler: its traceback keeps tensors alive
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tell(budget)
