@@ -27,9 +27,9 @@ demo: .venv/.installed
 # The processes must name tests alike, also those named after sets.
 # Most of what the fault tests run is in child processes, where coverage does not see it; measuring it costs time.
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest tests/unit tests/contract -n $(OMP_NUM_THREADS) --dist loadfile \
-		--cov --cov-report= --cov-fail-under=0
-	$(BIN)/python -m pytest tests/e2e --cov --cov-append --cov-report=term
+	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest tests/unit tests/contract tests/e2e/untimed \
+		-n $(OMP_NUM_THREADS) --dist loadfile --cov --cov-report= --cov-fail-under=0
+	$(BIN)/python -m pytest tests/e2e --ignore tests/e2e/untimed --cov --cov-append --cov-report=term
 	$(BIN)/python -m pytest tests/faults
 
 check: .venv/.installed-test

@@ -164,12 +164,13 @@ CONDITIONS = (
         "packing", fixed("objective.block=16"), applies=lambda objective, config: "block" in config.model_fields
     ),
     Condition("accumulation", fixed("train.tokens_per_batch=192", "train.micro_tokens=32"), inside_steps),
-    Condition("epoch edge", fixed("train.epochs=3", "train.max_steps=null", "train.tokens_per_batch=192"), around_an_edge),
+    Condition("epoch edge", fixed("train.epochs=3", "train.max_steps=null", "train.tokens_per_batch=192"), around_an_edge,
+              of_any=True),
     Condition(
         "early stop", fixed("train.eval_every=2", "train.early_stop=2", "train.lr=2.0", "train.max_steps=24"),
         after_worse_losses, lambda objective, config: issubclass(objective, Causal), came_about=stopped_early,
     ),
-    Condition("mixture", mixture),
+    Condition("mixture", mixture, of_any=True),
     Condition(
         "spike", noise, at_the_spike, lambda objective, config: issubclass(objective, Causal),
         lambda whole: len(told(whole, "spike")) == 1,
@@ -179,7 +180,7 @@ CONDITIONS = (
                   of_any=True)
         for method, schedule in _pairs(_methods(), _SCHEDULES)
     ),
-    Condition("gradient checkpointing", fixed("train.gradient_checkpointing=true")),
+    Condition("gradient checkpointing", fixed("train.gradient_checkpointing=true"), of_any=True),
 )  # fmt: skip
 
 

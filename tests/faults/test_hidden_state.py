@@ -21,7 +21,7 @@ BASE = ("evaluate.enabled=false", "train.max_steps=8", "train.eval_every=0", "tr
 @pytest.mark.parametrize("objective", plugins.names("objectives"))
 def test_a_run_stopped_in_any_condition_ends_with_the_same_bytes(lab: Lab, tally, times, objective):
     conditions = conditions_of(objective)
-    assert len([condition for condition in conditions if not condition.of_any]) >= 5
+    assert len([condition for condition in conditions if not condition.of_any]) >= 2
     recipe = lab.recipe(objective=objective)
     here(recipe, lab.folder / "whole", *BASE)
     here(recipe, lab.folder / "control", *BASE)

@@ -40,7 +40,8 @@ class Judge:
         found: list[float] = []
         with torch.no_grad():
             for some in chunks(tokens, _AT_ONCE):
-                found += objective.rewards(model, objective.conversations([t.ids for t in some])).tolist()
+                batch = objective.conversations([t.ids for t in some])
+                found += objective.rewards(model, {n: x.to(model.device) for n, x in batch.items()}).tolist()
         return found
 
     def _ready(self) -> tuple[Any, Any]:

@@ -229,21 +229,6 @@ class Policy(Objective):
             batch[_BEFORE] = torch.from_numpy(np.concatenate([numbers(s[_BEFORE]) for s in samples]))
         return batch
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """Of the drawn answers; figures of them all."""
-        labels_BT = batch["labels"]
-        rows_N = (labels_BT != IGNORED).nonzero()[:, 0]
-        now_N = -token_losses(model, batch)
-        before_N = batch.get(_BEFORE, now_N.detach())
-        loss, figures = self.improved(now_N, before_N, rows_N, batch[_ADVANTAGE])
-        return loss, {**self._figures, **figures}
-
-    @abstractmethod
-    def improved(
-        self, now_N: Tensor, before_N: Tensor, rows_N: Tensor, advantages_B: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The loss, of tokens' log-probabilities now and when they were drawn, and the rows they are of."""
-
     def state(self) -> dict[str, Tensor]:
         """The answers that further steps will learn from."""
         if self.reuse == 1 or not self._drawn:
@@ -271,6 +256,25 @@ class Policy(Objective):
         self._figures = {
             n.removeprefix("figure."): float(x) for n, x in state.items() if n.startswith("figure.")
         }
+
+
+class Grouped(Policy):
+    """Answers as wholes: an answer has one advantage, which all its tokens share."""
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Of the drawn answers; figures of them all."""
+        labels_BT = batch["labels"]
+        rows_N = (labels_BT != IGNORED).nonzero()[:, 0]
+        now_N = -token_losses(model, batch)
+        before_N = batch.get(_BEFORE, now_N.detach())
+        loss, figures = self.improved(now_N, before_N, rows_N, batch[_ADVANTAGE])
+        return loss, {**self._figures, **figures}
+
+    @abstractmethod
+    def improved(
+        self, now_N: Tensor, before_N: Tensor, rows_N: Tensor, advantages_B: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss, of tokens' log-probabilities now and when they were drawn, and the rows they are of."""
 
 
 def _bytes(words: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunewright.core.words import Words
 from tunewright.objectives import Batch, Facts
-from tunewright.objectives._policy import DrawConfig, Policy
+from tunewright.objectives._policy import DrawConfig, Grouped
 
 
 class Config(DrawConfig):
@@ -28,7 +28,7 @@ class Config(DrawConfig):
     """How far above; DAPO takes 0.28."""
 
 
-class Grpo(Policy):
+class Grpo(Grouped):
     """Makes answers likelier that were worth more than others to the same question, and the others less likely."""
 
     facts = Facts(

@@ -175,12 +175,6 @@ class Ppo(Policy):
             **self._figures, "value_error": float(error_N.detach().mean()), "clipped": float(clipped_N.mean()),
         }  # fmt: skip
 
-    def improved(
-        self, now_N: Tensor, before_N: Tensor, rows_N: Tensor, advantages_B: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Not by answers but by tokens: see :meth:`loss`."""
-        raise AssertionError
-
     def state(self) -> dict[str, Tensor]:
         """The drawn answers with all that was found of them, and what divergence costs by now."""
         return {**super().state(), _STRENGTH: torch.tensor(self._strength, dtype=torch.float64)}

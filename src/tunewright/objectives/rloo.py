@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tunewright.core.words import Words
 from tunewright.objectives import Batch, Facts
-from tunewright.objectives._policy import DrawConfig, Policy
+from tunewright.objectives._policy import DrawConfig, Grouped
 
 
 class Config(DrawConfig):
@@ -17,7 +17,7 @@ class Config(DrawConfig):
     """How far from 1 an answer's ratio may go and still be learned from."""
 
 
-class Rloo(Policy):
+class Rloo(Grouped):
     """An answer is one action: its whole likelihood moves by how much better it was than the others."""
 
     facts = Facts(
