@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -91,6 +92,7 @@ class Job:
             "tokenizer_sha256": store.sha256_json(self.codec.tokenizer.backend_tokenizer.to_str()),
             "template_sha256": store.sha256_json(self.codec.tokenizer.chat_template or ""),
             "data_sha256": [table.facts["sha256"] for table in self.data.tables],
+            "rewards_sha256": rewards.files(self.stage.objective.get("rewards", ())),
             "judges_sha256": {name: job.sha256() for name, job in self.judges.items()},
             "old_sha256": [known.sha256() if known else [] for known in self.looked_at],
             "valid_sha256": [table.facts["sha256"] for table in self.valid.tables],
@@ -178,6 +180,11 @@ def _judges(objective: objectives.Objective, earlier: dict[str, Job], found: lis
     judges: dict[str, Job] = {}
     for name in objective.asks_for():
         if not name.startswith("stage:"):
+            place = name.partition(":")[2]
+            if not (place and Path(place).is_dir()):
+                found.append(
+                    Problem("objective.rewards", f"there is no folder {place!r}", "name a finished run")
+                )
             continue
         job = earlier.get(name.removeprefix("stage:"))
         if job is None or job.stage.objective["name"] != "reward":

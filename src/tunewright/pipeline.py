@@ -14,6 +14,7 @@ from tunewright.data.prepare import statistics
 from tunewright.evaluate import card, judge, report
 from tunewright.evaluate.harness import Examination
 from tunewright.jobs import Job
+from tunewright.models.announce import announced
 from tunewright.models.load import ModelSource, find
 from tunewright.recipes import Recipe, to_yaml
 from tunewright.regularizers import Old
@@ -211,8 +212,6 @@ class _Runner:
 
 
 def _loss(objective: Any, model: Any, batch: Any) -> Any:
-    from tunewright.models.announce import announced
-
     with announced(model, batch):
         return objective.loss(model, batch)[0]
 

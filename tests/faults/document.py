@@ -95,10 +95,10 @@ _WORDS = {
 }  # fmt: skip
 _INTRO = (
     "`make faults` injects each fault for real, on a model of two layers, for every objective and precision that this "
-    "machine has, and writes this page. A run first repeats itself without a fault: it gives the same bytes. "
+    "machine has (what is planted inside passes, for objectives that pass over a batch once), and writes this page. A run first repeats itself without a fault: it gives the same bytes. "
     "`make test` does the same with smaller counts. The others' figures (HF Trainer, TRL) were measured once, by "
     "the project, and are not measured again here.\n\nHere: {}, {} cores, {}; torch {}, transformers {}; {} in all.",
-    "`make faults` 在一个两层模型上，对本机支持的每个目标与精度真实地注入每种故障，并写出本页。先做对照：无故障的运行重复一遍，"
+    "`make faults` 在一个两层模型上，对本机支持的每个目标与精度真实地注入每种故障（植入前向或反向传播内部的故障只用于对每批只传播一次的目标），并写出本页。先做对照：无故障的运行重复一遍，"
     "字节相同。`make test` 以较小的次数做同样的事。其他工具（HF Trainer、TRL）的数字由本项目测过一次，此处不再重测。"
     "\n\n本次：{}，{} 核，{}；torch {}，transformers {}；共 {}。",
 )

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tunewright.evaluate.metrics import exact_match, normalised, token_f1
+from tunewright.core.answers import exact_match, normalised
+from tunewright.evaluate.metrics import token_f1
 
 
 @pytest.mark.parametrize(

@@ -237,24 +237,26 @@ def test_surprising_tokens_count_less_under_dft(tokenizer, make_model):
 
 # The page
 
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("objectives_page", ROOT / "scripts/objectives_page.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
 
 @pytest.mark.parametrize(("language", "name"), [("en", "objectives.md"), ("zh", "objectives.zh-CN.md")])
-def test_the_page_of_objectives_is_what_its_script_writes(language, name):
-    root = Path(__file__).parents[2]
-    spec = importlib.util.spec_from_file_location("objectives_page", root / "scripts/objectives_page.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_page_of_objectives_is_what_its_script_writes(script, language, name):
     expected = script.page(language)
-    assert (root / "docs" / name).read_text(encoding="utf-8") == expected, "run scripts/objectives_page.py"
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == expected, "run scripts/objectives_page.py"
     assert set(script.ROWS) == {objectives.kind(name).wants for name in plugins.names("objectives")}
 
 
 @pytest.mark.parametrize("wants", ["texts", "conversations", "pairs", "verdicts", "labels"])
-def test_the_rows_that_the_page_shows_are_read(tokenizer, tmp_path, wants):
-    root = Path(__file__).parents[2]
-    spec = importlib.util.spec_from_file_location("objectives_page", root / "scripts/objectives_page.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_rows_that_the_page_shows_are_read(script, tokenizer, tmp_path, wants):
     path = tmp_path / "shown.json"
     path.write_text(json.dumps([script.ROWS[wants]]))
     for name in plugins.names("objectives"):

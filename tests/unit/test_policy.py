@@ -14,6 +14,7 @@ from tunewright.core.errors import Problem, RecipeError, UserError
 from tunewright.data.rows import Message, Row
 from tunewright.data.template import ChatCodec
 from tunewright.models.generate import Draw, draw
+from tunewright.models.likelihood import token_losses
 from tunewright.objectives._rewards import Asked, brevity, contains, exact_match
 from tunewright.recipes import plugin_config
 
@@ -33,7 +34,7 @@ def asked(policy: Any) -> list[Any]:
 
 
 def test_answers_are_drawn_in_groups_and_follow_from_the_step(tokenizer: Any, make_model: Any) -> None:
-    policy, model = make(tokenizer), make_model()
+    policy, model = make(tokenizer), make_model().train()
     questions = asked(policy)
     first, again, later = (policy.explore(model, questions, objectives.Turn(step, 7)) for step in (0, 0, 1))
     assert len(first) == 9
@@ -43,7 +44,7 @@ def test_answers_are_drawn_in_groups_and_follow_from_the_step(tokenizer: Any, ma
         assert 1 <= int(sample["learned"].sum()) == len(sample["input_ids"]) - len(prompt) <= 5
     ids = [[sample["input_ids"].tolist() for sample in some] for some in (first, again, later)]
     assert ids[0] == ids[1] != ids[2]
-    assert model.training == make_model().training
+    assert model.training
 
 
 def test_answers_are_drawn_from_the_models_own_distribution(tokenizer: Any, make_model: Any) -> None:
@@ -71,7 +72,12 @@ def test_advantages_by_their_formulas(tokenizer: Any) -> None:
 
 def test_rewards_by_name() -> None:
     row = Asked("2+2?", "It is 4.")
-    assert [exact_match(row, answer) for answer in ("It is  4", "it is 4.", "4")] == [1, 0, 0]
+    assert [exact_match(row, answer) for answer in ("It is  4", "Ｉt is ４。", "it is 4.", "4")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert [contains(row, answer) for answer in ("Well: It is 4. Yes", "4")] == [1, 0]
     assert [brevity(row, "x" * n) for n in (0, 8, 12, 16, 30)] == [1, 1, 0.5, 0, 0]
 
@@ -174,6 +180,35 @@ def test_a_run_earns_more_reward(tiny_model_folder: Path, tmp_path: Path, name: 
     assert stage["train"]["tokens"] > 48 * 100
 
 
+def test_a_reward_that_was_edited_is_another_input(tiny_model_folder: Path, tmp_path: Path) -> None:
+    from tunewright import jobs, recipes
+
+    own = tmp_path / "own.py"
+
+    def told() -> Any:
+        own.write_text(
+            f"{own.read_text() if own.exists() else ''}\ndef worth(asked, answer):\n    return 1\n"
+        )
+        (job,) = jobs.check(recipes.load({
+            "model": str(tiny_model_folder), "data": "builtin:sums-valid", "output": str(tmp_path / "run"),
+            "objective": {"name": "grpo", "rewards": [f"{own}:worth"]},
+        }))  # fmt: skip
+        return job.inputs
+
+    first, second = told(), told()
+    assert {key for key in first if first[key] != second[key]} == {"rewards_sha256"}
+
+
+def test_a_reward_model_that_is_not_there_is_told_before_anything_runs(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"objective\.rewards: there is no folder 'runs/none'"):
+        tw.run({
+            "model": str(tiny_model_folder), "data": "builtin:sums-valid", "output": str(tmp_path / "run"),
+            "objective": {"name": "ppo", "rewards": ["model:runs/none"]},
+        }, quiet=True)  # fmt: skip
+
+
 def test_a_bad_reward_is_told_before_anything_is_loaded(tiny_model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no reward 'magic'"):
         tw.run({
@@ -263,7 +298,13 @@ def test_answers_are_drawn_anew_once_the_model_has_moved_too_far(tokenizer: Any,
     questions = asked(policy)
     first = policy.explore(model, questions, objectives.Turn(0, 1))
     assert policy.explore(model, questions, objectives.Turn(1, 1)) is first
-    policy._figures["moved"] = 0.6
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    kept, moved = policy.collate(first), policy._moved(model)
+    exact = kept["before"].mean() + policy.looked_at(model, lambda: token_losses(model, kept)).mean()
+    assert moved == pytest.approx(exact.item(), rel=1e-4)
+    assert moved > 0.5
     assert policy.explore(model, questions, objectives.Turn(2, 1)) is not first
 
 

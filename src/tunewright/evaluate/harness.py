@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from tunewright.core.answers import exact_match
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Sample
-from tunewright.evaluate.metrics import exact_match, token_f1
+from tunewright.evaluate.metrics import token_f1
 from tunewright.models.generate import answer
 from tunewright.models.memory import fitting
 from tunewright.objectives import Objective

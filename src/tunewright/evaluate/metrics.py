@@ -1,22 +1,10 @@
 """Scores of one answer against its reference."""
 
 import re
-import unicodedata
 from collections import Counter
 
 _CJK = r"[\u3400-\u9fff\uf900-\ufaff]"
 _WORD = re.compile(rf"{_CJK}|(?:(?!{_CJK})[^\W_])+", re.UNICODE)
-
-
-def normalised(text: str) -> str:
-    """NFKC, one space for any white space, no space around, no full stop at the end."""
-    text = " ".join(unicodedata.normalize("NFKC", text).split())
-    return text.rstrip(".。").rstrip()
-
-
-def exact_match(answer: str, reference: str) -> float:
-    """1 if both say the same after :func:`normalised`, else 0."""
-    return float(normalised(answer) == normalised(reference))
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -16,10 +16,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tunewright.core import events, figures, store
+from tunewright.core.answers import exact_match
 from tunewright.core.units import human_bytes, human_count, human_seconds
 from tunewright.evaluate import charts
 from tunewright.evaluate.charts import Point
-from tunewright.evaluate.metrics import exact_match
 
 Tree = dict[str, Any]
 _NOTICED = 5e-4

@@ -97,10 +97,14 @@ def _generate(
 
 def _ended(codec: ChatCodec, ids: list[int]) -> list[int]:
     """Up to the first token that ends a turn, that token included."""
-    return ids[: 1 + next((i for i, token in enumerate(ids) if token in codec.stop_ids), len(ids))]
+    return ids[: _stop(codec, ids) + 1]
 
 
 def text(codec: ChatCodec, ids: list[int]) -> str:
     """An answer's words, without the token that ends the turn."""
-    stop = next((i for i, token in enumerate(ids) if token in codec.stop_ids), len(ids))
-    return str(codec.tokenizer.decode(ids[:stop], skip_special_tokens=True)).strip()
+    return str(codec.tokenizer.decode(ids[: _stop(codec, ids)], skip_special_tokens=True)).strip()
+
+
+def _stop(codec: ChatCodec, ids: list[int]) -> int:
+    """Where the first token is that ends a turn; behind the last if none does."""
+    return next((place for place, token in enumerate(ids) if token in codec.stop_ids), len(ids))

@@ -6,7 +6,7 @@ since samples are integers.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from tunewright.objectives import _rewards as rewards
 from tunewright.objectives._causal import pad
 
 _QUESTION, _REFERENCE, _ADVANTAGE, _REWARD, _BEFORE = "question", "reference", "advantage", "reward", "before"
+Found = TypeVar("Found")
+
 _AT_ONCE = 128
 """Answers drawn together, unless memory asks for fewer."""
 _LOOKED_AT = 16
@@ -124,7 +126,8 @@ class Policy(Objective):
         self._figures = self._told(table_NR, worth_PG, answers)
         of = [sample for sample in samples for _ in range(self.config.group)]
         each = zip(of, answers, self.advantages(worth_PG).ravel(), worth_PG.ravel(), strict=True)
-        return self._looked_at(model, [self._sample(*four) for four in each])
+        found = [self._sample(*four) for four in each]
+        return self.looked_at(model, lambda: self.remembered(model, found))
 
     def _answered(self, model: Any, samples: list[Sample]) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
         """Answers [P x G], each one's rewards [P x G, R], and their weighted sums [P, G]."""
@@ -173,12 +176,13 @@ class Policy(Objective):
             _ADVANTAGE: bits([advantage]), _REWARD: bits([reward]), **kept,
         }  # fmt: skip
 
-    def _looked_at(self, model: Any, found: list[Sample]) -> list[Sample]:
+    def looked_at(self, model: Any, work: Callable[[], Found]) -> Found:
+        """What ``work`` finds of the model without dropout or gradients."""
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                return self.remembered(model, found)
+                return work()
         finally:
             model.train(was_training)
 

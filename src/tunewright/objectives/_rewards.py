@@ -1,13 +1,14 @@
 """What an answer is worth: by name, or by a Python function of the user's."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tunewright.core import answers, store
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.core.paths import given
 
@@ -26,13 +27,13 @@ Reward = Callable[[Asked, str], float]
 
 
 def exact_match(asked: Asked, answer: str) -> float:
-    """1 for the row's own answer, but for case of width, spaces and a full stop at the end."""
-    return float(_plain(answer) == _plain(asked.reference))
+    """1 for the row's own answer, as evaluation scores it."""
+    return answers.exact_match(answer, asked.reference)
 
 
 def contains(asked: Asked, answer: str) -> float:
     """1 if the row's own answer stands somewhere in it."""
-    return float(_plain(asked.reference) in _plain(answer))
+    return float(answers.normalised(asked.reference) in answers.normalised(answer))
 
 
 def brevity(asked: Asked, answer: str) -> float:
@@ -46,10 +47,6 @@ JUDGES = ("stage:", "model:")
 Judge = Callable[[Sequence[Asked], Sequence[str]], Sequence[float]]
 
 _NAMED: dict[str, Reward] = {f.__name__: f for f in (exact_match, contains, brevity)}
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).rstrip(".。").rstrip()
 
 
 def find(names: Sequence[str], judges: bool = False) -> dict[str, Reward]:
@@ -74,6 +71,12 @@ def find(names: Sequence[str], judges: bool = False) -> dict[str, Reward]:
     return found
 
 
+def files(names: Iterable[str]) -> dict[str, str]:
+    """The user's own files among these rewards, each by its hash: what they say decides what is learned."""
+    paths = {name.rpartition(":")[0] for name in names if ".py:" in name}
+    return {path: store.sha256_file(given(path, "objective.rewards")) for path in sorted(paths)}
+
+
 def _own(name: str) -> Reward:
     path, _, function = name.rpartition(":")
     file: Path = given(path, "objective.rewards")
@@ -90,16 +93,16 @@ def _own(name: str) -> Reward:
 
 def worth(
     names: Sequence[str], rewards: Mapping[str, Reward], judges: Mapping[str, Judge], asked: Sequence[Asked],
-    answers: Sequence[str],
+    said: Sequence[str],
 ) -> np.ndarray:  # fmt: skip
     """Rewards [N, R] of every answer to its question.
 
     Raises:
         RecipeError: a user's function fails, or gives no finite number.
     """
-    pairs = list(zip(asked, answers, strict=True))
+    pairs = list(zip(asked, said, strict=True))
     columns = [
-        judges[name](asked, answers)
+        judges[name](asked, said)
         if name in judges
         else [_asked_of(rewards[name], name, *pair) for pair in pairs]
         for name in names

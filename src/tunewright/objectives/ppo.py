@@ -95,9 +95,18 @@ class Ppo(Policy):
 
     def explore(self, model: Any, samples: list[Sample], turn: Turn) -> list[Sample]:
         """Drawn anew also where the model has moved too far from when they were."""
-        if self.config.kl_stop and self._figures.get("moved", 0.0) > self.config.kl_stop:
+        again = bool(self.config.kl_stop and self._drawn and turn.step % self.reuse)
+        if again and self._moved(model) > self.config.kl_stop:
             self._drawn = []
         return super().explore(model, samples, turn)
+
+    def _moved(self, model: Any) -> float:
+        """How far a token's log-probability has fallen since the answers were drawn, in the mean of them all."""
+        now = self.looked_at(
+            model, lambda: self.per_token(model, self._drawn, lambda b: -token_losses(model, b))
+        )
+        before = [numbers(sample["before"]) for sample in self._drawn]
+        return float(np.concatenate(before).mean() - np.concatenate(now).mean())
 
     def advantages(self, rewards_PG: np.ndarray) -> np.ndarray:
         """An answer's reward; what its tokens gained is worked out from it."""
@@ -143,7 +152,7 @@ class Ppo(Policy):
         return found, found + values_A
 
     def _adapt(self, divergence: float) -> None:
-        """By at most a fifth of the error, a tenth a draw."""
+        """By half of how far it is off, at most a tenth a draw."""
         if self.config.kl_target:
             error = np.clip(divergence / self.config.kl_target - 1, -0.2, 0.2)
             self._strength *= float(1 + 0.5 * error)
@@ -169,10 +178,9 @@ class Ppo(Policy):
         near_N = foretold_N + (values_N - foretold_N).clamp(-self.config.value_clip, self.config.value_clip)
         error_N = torch.maximum((values_N - returns_N).square(), (near_N - returns_N).square())
         moved = float((batch["before"] - now_N.detach()).mean())
-        self._figures["moved"] = moved
         clipped_N = ((ratio_N - 1).abs() > bound).float()
         return (policy_N + 0.5 * self.config.value_weight * error_N).mean(), {
-            **self._figures, "value_error": float(error_N.detach().mean()), "clipped": float(clipped_N.mean()),
+            **self._figures, "moved": moved, "value_error": float(error_N.detach().mean()), "clipped": float(clipped_N.mean()),
         }  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Lwf(Regularizer):
 
     def look(self, model: Any, batches: Sequence[Batch]) -> None:
         """Hidden states of what will be learned, as they were before training."""
+        self._before = {}  # of a step that was cut smaller, some were never asked for
         with torch.no_grad(), self._start.standing_in(model):
             for batch in batches:
                 with announced(model, batch):
