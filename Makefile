@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := torch==2.13.0
 export OMP_NUM_THREADS ?= $(shell nproc)
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(OMP_NUM_THREADS)
 
 .PHONY: setup demo test check faults bench bench-peers bench-gpu clean
 
@@ -25,12 +26,13 @@ demo: .venv/.installed
 
 # Tiny models are fastest on one thread each: files of tests run side by side, one process a core.
 # The processes must name tests alike, also those named after sets.
-# Most of what the fault tests run is in child processes, where coverage does not see it; measuring it costs time.
+# Coverage is measured where it tells something: contract tests do the same for every method, and most of what the
+# fault tests run is in child processes. It makes tests take half as long again.
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest tests/unit tests/contract tests/e2e/untimed \
-		-n $(OMP_NUM_THREADS) --dist loadfile --cov --cov-report= --cov-fail-under=0
+	$(SIDE_BY_SIDE) --dist loadfile tests/unit tests/e2e/untimed --cov --cov-report= --cov-fail-under=0
+	$(SIDE_BY_SIDE) --dist loadfile tests/contract
 	$(BIN)/python -m pytest tests/e2e --ignore tests/e2e/untimed --cov --cov-append --cov-report=term
-	$(BIN)/python -m pytest tests/faults
+	$(SIDE_BY_SIDE) --dist load tests/faults
 
 check: .venv/.installed-test
 	$(BIN)/ruff check

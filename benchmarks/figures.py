@@ -97,7 +97,7 @@ def _end_of_epoch(steps: Sequence[Sequence[float]], epochs: float) -> int:
 
 def _flop_per_token(facts: Tree, work: Tree) -> float:
     rank = {"lora": _RANK, "full": 0}.get(work["method"]["name"])
-    if rank is None or facts["config"].get("model_type") not in _SHAPES_KNOWN:
+    if rank is None or "objective" in work or facts["config"].get("model_type") not in _SHAPES_KNOWN:
         return 0.0
     return matmul.training_flop(facts["config"], facts["train"], rank) / float(facts["train"]["tokens"])
 

@@ -86,9 +86,10 @@ def _make_data(folder: Path, model: Path, data: Tree, fixtures: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    source = (
-        _prose(data["prose"], data["max_length"], fixtures) if "prose" in data else _talks(data, fixtures)
-    )
+    if "prose" in data:
+        source = _prose(data["prose"], data["max_length"], fixtures)
+    else:
+        source = _pairs(data, fixtures) if "pairs" in data else _talks(data, fixtures)
     every = list(
         {json.dumps(row): row for row in source}.values()
     )  # a row that repeats another teaches nothing
@@ -118,6 +119,24 @@ def _talks(data: Tree, fixtures: Path) -> Iterator[Tree]:
             yield _talk(asked, row["output"])
 
 
+def _pairs(data: Tree, fixtures: Path) -> Iterator[Tree]:
+    """The rows of a preference file in a seed-0 shuffle: a prompt, a chosen and a rejected answer, all as messages."""
+    found = json.loads((fixtures / DATA / f"{data['pairs']}.json").read_text("utf-8"))
+    random.Random(0).shuffle(found)
+    for row in found:
+        turns = [
+            _said("user" if m["from"] == "human" else "assistant", m["value"]) for m in row["conversations"]
+        ]
+        yield {
+            "prompt": turns,
+            **{side: [_said("assistant", row[side]["value"])] for side in ("chosen", "rejected")},
+        }
+
+
+def _said(role: str, content: str) -> Tree:
+    return {"role": role, "content": content}
+
+
 def _prose(characters: int, max_length: int, fixtures: Path) -> Iterator[Tree]:
     """Answers so long that each row fills ``max_length`` when it is cut there."""
     text = (fixtures / PROSE).read_text("utf-8")
@@ -127,5 +146,4 @@ def _prose(characters: int, max_length: int, fixtures: Path) -> Iterator[Tree]:
 
 
 def _talk(asked: str, answered: str) -> Tree:
-    turns = (("user", asked), ("assistant", answered))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+    return {"messages": [_said("user", asked), _said("assistant", answered)]}

@@ -14,7 +14,7 @@ Tree = dict[str, Any]
 HERE = Path(__file__).parent
 WORKLOADS = HERE / "workloads.yaml"
 TUNED = HERE / "peers.json"
-_WORK = ("model", "data", "method", "lr", "epochs", "max_length", "snapshots")
+_WORK = ("model", "data", "method", "objective", "lr", "epochs", "max_length", "snapshots")
 """What decides a run's work, and with it whether an earlier run still counts."""
 
 

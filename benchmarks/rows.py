@@ -24,6 +24,13 @@ def split(row: Tree) -> Tree:
     return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 
+def talks(row: Tree) -> list[Tree]:
+    """The row's conversations: one, or the prompt with each of two answers."""
+    if "messages" in row:
+        return [row]
+    return [{"messages": [*row["prompt"], *row[side]]} for side in ("chosen", "rejected")]
+
+
 def encode(tokenizer: Any, rows: Sequence[Tree], max_length: int) -> Iterator[Tree]:
     """``input_ids`` and ``labels`` (not shifted, -100 where nothing is learned) of each row, cut at ``max_length``.
 
@@ -47,7 +54,7 @@ def encode(tokenizer: Any, rows: Sequence[Tree], max_length: int) -> Iterator[Tr
 
 def facts(tokenizer: Any, rows: Sequence[Tree], max_length: int) -> Tree:
     """Counts that speed and work are told by: tokens, supervised tokens, and the sum of squared lengths."""
-    coded = list(encode(tokenizer, rows, max_length))
+    coded = list(encode(tokenizer, [talk for row in rows for talk in talks(row)], max_length))
     lengths = [len(sample["input_ids"]) for sample in coded]
     learned = sum(label != IGNORED for sample in coded for label in sample["labels"][1:])
     squares = sum(length**2 for length in lengths)

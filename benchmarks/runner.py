@@ -80,7 +80,8 @@ class Runner:
         paths, at = self._prepared(job), self._at(job)
         shutil.rmtree(at, ignore_errors=True)
         work = {"model": paths["model"], "train": paths["train"], "output": str(at / "output"),
-                "settings": job.settings, **{key: job.work[key] for key in _ASKED}}  # fmt: skip
+                "settings": job.settings, **{key: job.work[key] for key in _ASKED},
+                "objective": job.work.get("objective", {"name": "sft"})}  # fmt: skip
         module = f"systems.{self.plan['systems'][job.system]['module']}"
         caches = self.folder / "caches" / job.system if self.given.caches == "warm" else at / "caches"
         env = self._environment(caches, job.settings.get("env", {}))

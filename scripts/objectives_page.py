@@ -92,7 +92,7 @@ def _regularizer(name: str, language: str) -> str:
 
 
 def _options(room: str, name: str, words: dict[str, Any]) -> str:
-    options = plugins.load(room, name).Config().model_dump(mode="json")
+    options = plugins.load(room, name).Config.model_construct().model_dump(mode="json")
     return ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in options.items()) or str(words["none"])
 
 

@@ -43,8 +43,16 @@ def recipe(work: Work) -> Tree:
     return {
         "output": work["output"], "model": work["model"], "method": work["method"],
         "data": {"train": work["train"], "valid_share": 0, "max_length": work["max_length"]},
-        "train": {**train, **given.pop("train", {})}, "evaluate": {"enabled": False}, **given,
+        "train": {**train, **given.pop("train", {})}, "objective": _objective(work), "evaluate": {"enabled": False}, **given,
     }  # fmt: skip
+
+
+def _objective(work: Work) -> Tree:
+    asked: Tree = work["objective"]
+    if asked["name"] != "grpo":
+        return asked
+    reward = Path(__file__).parents[1] / "rewards.py"
+    return {**asked, "rewards": [f"{reward}:worth"]}
 
 
 def _snapshot(artifact: Path, checkpoint: str) -> Path:

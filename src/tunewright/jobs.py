@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,6 +23,7 @@ from tunewright.objectives import _rewards as rewards
 from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import as_data
 from tunewright.regularizers import Regularizer
+from tunewright.serve import speaker
 from tunewright.train import readers
 
 Progress = Callable[[str, int], None]
@@ -44,6 +44,10 @@ class Known:
         """One sample each."""
         return (self.objective.batch([sample], device) for sample in self.samples)
 
+    def batch(self, device: Any, indices: Sequence[int]) -> objectives.Batch:
+        """Of these samples."""
+        return self.objective.batch([self.samples[i] for i in indices], device)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -63,8 +67,10 @@ class Job:
     """Old data of each regularizer."""
     old: Mapping[str, "Known"] = field(default_factory=dict)
     """Old data that are measured, by what the recipe calls them."""
-    judges: Mapping[str, "Job"] = field(default_factory=dict)
-    """Jobs whose results are the reward models that this one asks, by their names among its rewards."""
+    asked_stages: Mapping[str, "Job"] = field(default_factory=dict)
+    """Jobs whose results its objective asks, by what the recipe calls them: ``stage:NAME``."""
+    asked_models: Mapping[str, str] = field(default_factory=dict)
+    """Other models that it asks, ``model:FOLDER``, each with what tells it from others."""
     parent: "Job | None" = None
     """The job whose result this one starts from."""
 
@@ -76,7 +82,10 @@ class Job:
     @property
     def needs(self) -> list[str]:
         """The earlier stages whose results this one uses."""
-        return [*([self.earlier] if self.earlier else []), *(job.stage.name for job in self.judges.values())]
+        return [
+            *([self.earlier] if self.earlier else []),
+            *(job.stage.name for job in self.asked_stages.values()),
+        ]
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -93,12 +102,17 @@ class Job:
             "template_sha256": store.sha256_json(self.codec.tokenizer.chat_template or ""),
             "data_sha256": [table.facts["sha256"] for table in self.data.tables],
             "rewards_sha256": rewards.files(self.stage.objective.get("rewards", ())),
-            "judges_sha256": {name: job.sha256() for name, job in self.judges.items()},
+            "others_sha256": self.others_sha256,
             "old_sha256": [known.sha256() if known else [] for known in self.looked_at],
             "valid_sha256": [table.facts["sha256"] for table in self.valid.tables],
             "versions": machine.versions(),
             "machine": machine.identity(),
         }
+
+    @property
+    def others_sha256(self) -> dict[str, str]:
+        """What tells each model that the objective asks from others."""
+        return {**{name: job.sha256() for name, job in self.asked_stages.items()}, **self.asked_models}
 
     def sha256(self) -> str:
         """Of all inputs but the machine, on which a run may go on as on another."""
@@ -166,33 +180,44 @@ def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[
     except UserError as error:
         found += error.problems
         return None
-    judges = _judges(objective, earlier, found)
+    stages, models = _others(objective, codec, earlier, found)
     parent = earlier.get(stage.model.removeprefix("stage:")) if stage.model.startswith("stage:") else None
     optimizer = optimizers.create(stage.optimizer, plugin_config("optimizers", stage.optimizer))
     return Job(
-        stage, source, method, objective, optimizer, codec, data, valid, asked, held, looked_at, old, judges,
-        parent,
+        stage, source, method, objective, optimizer, codec, data, valid, asked, held, looked_at, old, stages,
+        models, parent,
     )  # fmt: skip
 
 
-def _judges(objective: objectives.Objective, earlier: dict[str, Job], found: list[Problem]) -> dict[str, Job]:
-    """The stages that make the reward models an objective asks."""
-    judges: dict[str, Job] = {}
-    for name in objective.asks_for():
-        if not name.startswith("stage:"):
-            place = name.partition(":")[2]
-            if not (place and Path(place).is_dir()):
-                found.append(
-                    Problem("objective.rewards", f"there is no folder {place!r}", "name a finished run")
-                )
+def _others(
+    objective: objectives.Objective, codec: ChatCodec, earlier: dict[str, Job], found: list[Problem]
+) -> tuple[dict[str, Job], dict[str, str]]:
+    """The stages that make the models an objective asks, and fingerprints of models that are there already."""
+    stages, models = dict[str, Job](), dict[str, str]()
+    for other in objective.others():
+        kind, _, place = other.name.partition(":")
+        try:
+            if kind == "stage":
+                stages[other.name] = job = _asked_stage(other, place, earlier)
+                words = job.codec.tokenizer
+            else:
+                words = speaker.tokenizer(place)
+                models[other.name] = speaker.fingerprint(place)
+        except UserError as error:
+            found += [Problem(other.place, problem.what, problem.fix) for problem in error.problems]
             continue
-        job = earlier.get(name.removeprefix("stage:"))
-        if job is None or job.stage.objective["name"] != "reward":
-            what = f"{name} is no earlier stage with objective: reward"
-            found.append(Problem("objective.rewards", what, nearest(name[6:], earlier) if earlier else ""))
-        else:
-            judges[name] = job
-    return judges
+        if other.speaks and words.get_vocab() != codec.tokenizer.get_vocab():
+            what = f"{other.name} has another tokenizer than the model: what it says is of other words"
+            found.append(Problem(other.place, what, "choose models of one family"))
+    return stages, models
+
+
+def _asked_stage(other: objectives.Other, name: str, earlier: dict[str, Job]) -> Job:
+    job = earlier.get(name)
+    if job is None or (not other.speaks and job.stage.objective["name"] != "reward"):
+        what = f"{other.name} is no earlier stage" + ("" if other.speaks else " with objective: reward")
+        raise UserError(Problem(other.place, what, nearest(name, earlier) if earlier else ""))
+    return job
 
 
 def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tuple[ModelSource, ChatCodec]:

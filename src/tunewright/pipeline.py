@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tunewright.evaluate.harness import Examination
 from tunewright.jobs import Job
 from tunewright.models.announce import announced
 from tunewright.models.load import ModelSource, find
+from tunewright.objectives import Other
 from tunewright.recipes import Recipe, to_yaml
 from tunewright.regularizers import Old
 from tunewright.runs import Run
@@ -177,21 +178,14 @@ class _Runner:
             begun()
         if job.earlier:
             job = jobs.with_source(job, self._result_of(job))
-        for name in job.objective.asks_for():
-            job.objective.judges[name] = self._judge(job, name)
+        for other in job.objective.others():
+            job.objective.asked[other.name] = asked(job, other, self.folder)
         left_out = [str(problem) for problem in (*job.data.problems, *job.valid.problems)]
         if left_out:
             self.log.emit("skipped", count=len(left_out), rows=left_out[:_TOLD])
         metrics = _StageRun(job, at, self.log, drifted, self.preemption).run(begun)
         store.write_record(at / "metrics.json", metrics)
         return metrics
-
-    def _judge(self, job: Job, name: str) -> Any:
-        """A reward model, loaded when it is asked the first time."""
-        kind, _, place = name.partition(":")
-        folder = str(self.folder / "stages" / place) if kind == "stage" else place
-        choice = job.judges[name].stage.objective if kind == "stage" else {"name": "reward"}
-        return judge.Judge(partial(speaker.load, folder, job.stage.precision), choice)
 
     def _result_of(self, job: Job) -> ModelSource:
         """The earlier stage's model; an adapter is merged and saved as this stage's base."""
@@ -209,6 +203,17 @@ class _Runner:
                 method.merge(model).save_pretrained(target)
                 job.codec.tokenizer.save_pretrained(target)
         return find(str(base))
+
+
+def asked(job: Job, other: Other, folder: Path) -> Any:
+    """Another model that a job's objective asks, loaded when it is asked first; stages are in the run's ``folder``."""
+    kind, _, place = other.name.partition(":")
+    name = str(folder / "stages" / place) if kind == "stage" else place
+    load = cache(partial(speaker.load, name, job.stage.precision))
+    if other.speaks:
+        return cache(lambda: judge.Teacher(load(), job.others_sha256[other.name]))
+    choice = job.asked_stages[other.name].stage.objective if kind == "stage" else {"name": "reward"}
+    return judge.Judge(load, choice)
 
 
 def _loss(objective: Any, model: Any, batch: Any) -> Any:
@@ -257,7 +262,14 @@ class _StageRun:
         """What each regularizer may look at."""
         device = next(model.parameters()).device
         return [
-            Old(partial(known.batches, device), partial(_loss, known.objective)) if known else None
+            Old(
+                partial(known.batches, device),
+                partial(_loss, known.objective),
+                len(known.samples),
+                partial(known.batch, device),
+            )
+            if known
+            else None
             for known in self.job.looked_at
         ]
 
@@ -298,6 +310,10 @@ class _StageRun:
         trained = sum(p.numel() for p in trainer.optimizer.parameters.values())
         samples, wins = self.exam.side_by_side(before, after), self.exam.wins(before, after)
         after |= {"wins": wins} if wins else {}
+        if stage.evaluate.kl and self.exam.asks:
+            reference = self.job.method.load_base(self.job.source, stage.precision)
+            after["kl"] = self.exam.kl(model.eval(), reference.eval())
+            self.log.emit("kl", nats=after["kl"])
         for scores in (before, after):
             scores.pop("answers", None)
         return {

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tunewright.data.template import ChatCodec
 from tunewright.methods import Method
 from tunewright.models.load import find, load_model, load_tokenizer, outline
 from tunewright.objectives import Objective, kind
+from tunewright.objectives._policy import Policy
 from tunewright.recipes import plugin_config
 
 _LONGEST = 64
@@ -92,8 +94,15 @@ class School:
     def _objective(self, name: str) -> Objective:
         tokenizer = load_tokenizer(next(iter(self.sources.values())))
         module = plugins.load("objectives", name)
-        few = {"group": 2, "longest": 4, "rewards": [self._worth()]} if kind(name).explores else {}
-        return kind(name)(module.Config(**few), ChatCodec(tokenizer, max_length=_LONGEST))
+        few: dict[str, Any] = {}
+        if issubclass(kind(name), Policy):
+            few = {"group": 2, "longest": 4, "rewards": [self._worth()]}
+        if name == "distill":
+            few = {"teacher": "model:teacher"}
+        made = kind(name)(module.Config(**few), ChatCodec(tokenizer, max_length=_LONGEST))
+        teacher = SimpleNamespace(model=self._stored(next(iter(self.sources)), "fp32"))
+        made.asked = {other.name: lambda: teacher for other in made.others()}
+        return made
 
     def _worth(self) -> str:
         """A reward by which answers of one group differ."""

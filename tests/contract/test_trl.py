@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -224,3 +225,42 @@ def test_grpo_and_rloo_are_as_trl_has_them(
               "num_items_in_batch": given["completion_mask"].sum()}  # fmt: skip
     expected = trainer._compute_loss(trainer.model, given)
     same(policy.loss(model, batch)[0], model, expected, other)
+
+
+@pytest.mark.parametrize(
+    ("choice", "beta"),
+    [({"divergence": "forward"}, 0.0), ({"divergence": "reverse"}, 1.0),
+     ({"divergence": "jensen_shannon", "mixture": 0.3}, 0.3)],
+    ids=["forward", "reverse", "jensen-shannon"],
+)  # fmt: skip
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distill(
+    make_model: Any, tokenizer: Any, choice: dict[str, Any], beta: float, temperature: float
+) -> None:
+    from trl.experimental.gkd import GKDTrainer
+
+    objective = make(tokenizer, name="distill", teacher="model:x", temperature=temperature, **choice)
+    rows = [
+        Row(f"rows:{n}", (Message("user", p), Message("assistant", c))) for n, (p, c, _) in enumerate(PAIRS)
+    ]
+    batch = objective.batch(list(objective.encode(rows)), torch.device("cpu"))
+    teacher, model = make_model().eval(), make_model()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    other = copy.deepcopy(model)
+    objective.asked = {"model:x": lambda: SimpleNamespace(model=teacher)}
+    loss, figures = objective.loss(model, batch)
+    kept = batch["labels"] != IGNORED
+    with torch.no_grad():
+        taught = teacher(input_ids=batch["input_ids"]).logits[kept]
+    expected = GKDTrainer.generalized_jsd_loss(
+        other(input_ids=batch["input_ids"]).logits[kept],
+        taught,
+        beta=beta,
+        temperature=temperature,
+        reduction="sum",
+    ) / int(kept.sum())
+    assert figures["divergence"] == pytest.approx(expected.item(), rel=1e-5)
+    same(loss, model, temperature**2 * expected, other)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bounded import LONG
-from lab import Lab
+from lab import Lab, learns_labels
 from lab_more import Stop, told
 
 from tunewright import jobs, methods, pipeline
@@ -17,7 +17,6 @@ from tunewright.core import plugins
 from tunewright.data.batching import BatchPlan
 from tunewright.methods import Method
 from tunewright.objectives import Objective, kind
-from tunewright.objectives._causal import Causal
 from tunewright.recipes import TrainConfig
 from tunewright.train import guard, ledger
 
@@ -168,11 +167,11 @@ CONDITIONS = (
               of_any=True),
     Condition(
         "early stop", fixed("train.eval_every=2", "train.early_stop=2", "train.lr=2.0", "train.max_steps=24"),
-        after_worse_losses, lambda objective, config: issubclass(objective, Causal), came_about=stopped_early,
+        after_worse_losses, lambda objective, config: learns_labels(objective), came_about=stopped_early,
     ),
     Condition("mixture", mixture, of_any=True),
     Condition(
-        "spike", noise, at_the_spike, lambda objective, config: issubclass(objective, Causal),
+        "spike", noise, at_the_spike, lambda objective, config: learns_labels(objective),
         lambda whole: len(told(whole, "spike")) == 1,
     ),
     *(

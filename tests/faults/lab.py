@@ -19,12 +19,14 @@ import torch
 import yaml
 from bounded import LONG
 
-from tunewright import jobs, recipes
+from tunewright import jobs, pipeline, recipes
 from tunewright.core import plugins
 from tunewright.core.events import EventLog, Reader
 from tunewright.core.rng import derive
 from tunewright.models.load import best_device
 from tunewright.objectives import Objective, kind
+from tunewright.objectives._causal import Causal
+from tunewright.objectives._policy import Policy
 from tunewright.recipes import Stage
 from tunewright.train import ledger
 from tunewright.train.loop import Trainer
@@ -90,7 +92,12 @@ class Lab:
         objective = choices.get("objective", "sft")
         train = {"max_steps": 12, "lr": 1e-2, "tokens_per_batch": 96, "micro_tokens": 48, "save_every": 3,
                  "eval_every": 4, "keep": 2}  # fmt: skip
-        if kind(objective).explores:
+        if objective == "distill":
+            choices = {
+                **choices,
+                "objective": {"name": objective, "teacher": f"model:{self.model}", "top": 8},
+            }
+        if issubclass(kind(objective), Policy):
             (self.folder / "worth.py").write_text(_WORTH)
             reward = f"{self.folder / 'worth.py'}:worth"
             choices = {**choices, "objective": {"name": objective, "rewards": [reward], **_DRAWN}}
@@ -119,6 +126,7 @@ class Lab:
         stage = job.stage
         torch.manual_seed(derive(stage.train.seed, "method"))
         model = job.method.apply(job.method.load_base(job.source, stage.precision))
+        job.objective.asked = {o.name: pipeline.asked(job, o, self.folder) for o in job.objective.others()}
         log = EventLog(self.folder / name / "events.jsonl", *readers)
         return Trainer(
             model, job.method, job.objective, job.data, job.valid, stage.train, stage.precision, log,
@@ -198,12 +206,19 @@ def precisions() -> list[str]:
     return [name for name in known if name != "fp16" or best_device() != "cpu"]
 
 
+def learns_labels(objective: type[Objective]) -> bool:
+    """Whether labels alone say what is right: noise in them is a spike in the loss."""
+    return issubclass(objective, Causal) and objective.others is Objective.others
+
+
 def passed_once() -> list[tuple[str, str]]:
     """Those of :func:`combinations` that pass over a batch once, and over nothing else: faults are planted in passes."""
     plain = {
         name
         for name in plugins.names("objectives")
-        if not kind(name).explores and kind(name).look is Objective.look
+        if not issubclass(kind(name), Policy)
+        and kind(name).look is Objective.look
+        and kind(name).others is Objective.others
     }
     return [(name, precision) for name, precision in combinations() if name in plain]
 

@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab
+from lab import Lab, learns_labels
 
 from tunewright.core import plugins
 from tunewright.core.events import Event
 from tunewright.objectives import kind
-from tunewright.objectives._causal import Causal
 from tunewright.train import guard
 from tunewright.train.loop import Trainer
 
-LEARN_LABELS = [name for name in plugins.names("objectives") if issubclass(kind(name), Causal)]
+LEARN_LABELS = [name for name in plugins.names("objectives") if learns_labels(kind(name))]
 """Of others noise in the labels is no spike in the loss."""
 STEPS = 120
 """Enough for the loss of the small model to be low, so that noise stands out."""

@@ -103,9 +103,11 @@ def test_matrix_products_before_and_after_are_not_disturbed() -> None:
 def test_operations_are_what_they_are_declared_to_be() -> None:
     query, key, value, grad = some((40, 13), 4, 2, 32, left=5)
     ends = torch.tensor([0, 40, 53], dtype=torch.int32)
-    opcheck(_amx_attention._attend, (query.requires_grad_(), key, value, ends, SCALE))
-    out, logsumexp_HM = _amx_attention._attend(query.detach(), key, value, ends, SCALE)
-    opcheck(_amx_attention._backward, (query.detach(), key, value, out, logsumexp_HM, grad, ends, SCALE))
+    opcheck(_amx_attention.attend, (query.requires_grad_(), key, value, ends, SCALE))
+    out, logsumexp_HM = _amx_attention.attend(query.detach(), key, value, ends, SCALE)
+    opcheck(
+        _amx_attention.attend_backward, (query.detach(), key, value, out, logsumexp_HM, grad, ends, SCALE)
+    )
 
 
 @needs_units
@@ -141,7 +143,7 @@ def test_other_heads_and_other_numbers_go_another_way() -> None:
     assert not _amx_attention.fits(torch.randn(1, 1, 5, 64))
     ends = torch.tensor([0, 5])
     with pytest.raises(ValueError, match="48"):
-        _amx_attention._attend(query, query, query, ends, SCALE)
+        _amx_attention.attend(query, query, query, ends, SCALE)
 
 
 # Without

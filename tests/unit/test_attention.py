@@ -170,9 +170,9 @@ def test_operations_are_what_they_are_declared_to_be() -> None:
 def test_operations_on_a_row_are_what_they_are_declared_to_be() -> None:
     query, key, value, grad_BTHD = some(64, 4, 2, 8, rows=1)
     ends = torch.tensor([0, 10, 13, 60], dtype=torch.int32)
-    opcheck(packed._attend, (query, key, value, ends, 0.3))
+    opcheck(packed.attend, (query, key, value, ends, 0.3))
     inputs = (query.detach(), key.detach(), value.detach())
-    opcheck(packed._backward, (*inputs, grad_BTHD.transpose(1, 2), ends, 0.3))
+    opcheck(packed.attend_backward, (*inputs, grad_BTHD.transpose(1, 2), ends, 0.3))
 
 
 @pytest.mark.parametrize("outputs", [12, 6])

@@ -84,6 +84,7 @@ def test_the_targets_are_those_of_the_issue(workloads: Tree) -> None:
         ("c", speed, "trl"): 8, ("c", speed, "trl-best"): 1.5, ("c", memory, "trl"): 0.25,
         ("d", "later_epochs", "lora"): 3,
         ("e", "time_to_loss", "trl"): 5, ("e", "time_to_loss", "trl-best"): 1.5,
+        ("g", speed, "trl"): 4, ("g", speed, "trl-best"): 1.5, ("h", speed, "trl"): 3,
         ("a", "utilisation", ""): 0.4, ("a", "first_step", ""): 6,
         **{(name, "held_out_loss", "tunewright-plain"): 0.01 for name in "abcd"},
     }  # fmt: skip

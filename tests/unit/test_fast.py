@@ -24,7 +24,7 @@ from tunewright.models.announce import listening
 from tunewright.recipes import load
 
 TECHNIQUES = {"attention", "checkpointing", "compile", "cross_entropy", "frozen_layers", "lora_linear",
-              "micro_batch", "offload", "packing", "process"}  # fmt: skip
+              "micro_batch", "offload", "packing", "process", "shared_prompts"}  # fmt: skip
 
 
 @pytest.fixture

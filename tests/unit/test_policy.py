@@ -202,7 +202,7 @@ def test_a_reward_that_was_edited_is_another_input(tiny_model_folder: Path, tmp_
 def test_a_reward_model_that_is_not_there_is_told_before_anything_runs(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"objective\.rewards: there is no folder 'runs/none'"):
+    with pytest.raises(UserError, match=r"objective\.rewards: runs/none is neither a folder"):
         tw.run({
             "model": str(tiny_model_folder), "data": "builtin:sums-valid", "output": str(tmp_path / "run"),
             "objective": {"name": "ppo", "rewards": ["model:runs/none"]},

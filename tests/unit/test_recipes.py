@@ -191,7 +191,7 @@ def test_an_unknown_option_is_told_the_nearest(tree: dict[str, Any], problem: st
 def test_an_option_like_nothing_lists_all() -> None:
     (problem,) = refused(evaluate={"zzz": 1})
     assert problem == (
-        "evaluate.zzz: there is no such option; fix: one of enabled, generate, limit, max_new_tokens, old, rewards, samples"
+        "evaluate.zzz: there is no such option; fix: one of enabled, generate, kl, limit, max_new_tokens, old, rewards, samples"
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,15 @@ def test_ewc_weighs_by_the_squared_gradients_of_single_old_samples(make_model: A
             exact[name] += parameter.grad.double().square() / 3
     model.zero_grad()
     first = copy.deepcopy(model)
-    ewc.begin(started(model), Old(lambda: iter(olds), lambda model, old: token_losses(model, old).mean()))
+    ewc.begin(
+        started(model),
+        Old(
+            lambda: iter(olds),
+            lambda model, old: token_losses(model, old).mean(),
+            3,
+            lambda picked: olds[picked[0]],
+        ),
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
     move(model)
     named = zip(model.named_parameters(), first.parameters(), strict=True)
@@ -82,7 +91,7 @@ def test_lwf_is_the_divergence_from_what_was_said_before(make_model: Any) -> Non
     model, given = make_model(), batch(1)
     first, lwf = copy.deepcopy(model), make("lwf", weight=0.5, temperature=2.0)
     lwf.begin(started(model), None)
-    lwf.look(model, [given])
+    lwf.look(model, [given], 0.0)
     assert lwf.loss(model, given).item() == pytest.approx(0, abs=1e-6)
     move(model)
     kept = given["labels"] != -100
@@ -93,7 +102,7 @@ def test_lwf_is_the_divergence_from_what_was_said_before(make_model: Any) -> Non
     with torch.no_grad():
         before = logs(first)
     exact = 0.5 * 4 * (before.exp() * (before - logs(model))).sum(-1).mean()
-    lwf.look(model, [given])
+    lwf.look(model, [given], 0.0)
     loss = lwf.loss(model, given)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
     loss.backward()
@@ -191,6 +200,53 @@ def test_what_is_wrong_with_old_data_is_told(
         load(recipe(tiny_model_folder, files, tmp_path / "run", regularizers="l2ps"))
     with pytest.raises(UserError, match=r"regularizers.0.wieght"):
         load(recipe(tiny_model_folder, files, tmp_path / "run", regularizers={"name": "l2sp", "wieght": 1}))
+
+
+def test_dann_teaches_the_classifier_and_turns_the_models_gradient_round(make_model: Any) -> None:
+    from tunewright.models import likelihood
+
+    model, dann, given, other = make_model().double(), make("dann", weight=0.3, width=4), batch(1), batch(2)
+    torch.manual_seed(0)
+    dann.attach(model)
+    dann.begin(started(model), Old(lambda: iter(()), lambda m, b: m, 5, lambda picked: other))
+    dann.look(model, [given], 0.5)
+    dann.loss(model, given).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    means = [likelihood.states(model, some).view(2, 8, -1).mean(1) for some in (given, other)]
+    logits_B = model.tunewright_domain(torch.cat(means))[:, 0]
+    exact = -torch.nn.functional.logsigmoid(torch.cat([-logits_B[:2], logits_B[2:]])).mean()
+    exact.backward()
+    risen = 0.3 * (2 / (1 + math.exp(-5.0)) - 1)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            times = 1.0 if "tunewright_domain" in name else -risen
+            torch.testing.assert_close(found[name], times * parameter.grad, rtol=1e-4, atol=1e-9)
+    right = float(((logits_B > 0) == torch.tensor([False, False, True, True])).float().mean())
+    assert dann.figures() == {"domain_accuracy": right}
+    dann.release(model)
+    assert not any("domain" in name for name, _ in model.named_parameters())
+
+
+def test_dann_begins_at_nothing_and_draws_as_torch_says(make_model: Any) -> None:
+    model, dann, drawn = make_model(), make("dann"), []
+
+    def batch_of(picked: Any) -> Batch:
+        drawn.append(picked)
+        return batch(4, rows=len(picked))
+
+    dann.attach(model)
+    dann.begin(started(model), Old(lambda: iter(()), lambda m, b: m, 50, batch_of))
+    for _ in range(2):
+        torch.manual_seed(3)
+        dann.look(model, [batch(1), batch(2, rows=3)], 0.0)
+    assert drawn[:2] == drawn[2:] and [len(picked) for picked in drawn] == [2, 3, 2, 3]
+    given = batch(1)
+    dann.look(model, [given], 0.0)
+    dann.loss(model, given).backward()
+    assert all(
+        not p.grad.any() for n, p in model.named_parameters() if p.grad is not None and "domain" not in n
+    )
 
 
 @pytest.mark.parametrize("name", plugins.names("regularizers"))

@@ -6,22 +6,30 @@ from math import exp
 from typing import Any
 
 import numpy as np
+import torch
 
 from tunewright.core.answers import exact_match
+from tunewright.core.rng import derive
+from tunewright.core.units import chunks
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Sample
 from tunewright.evaluate.metrics import token_f1
-from tunewright.models.generate import answer
+from tunewright.models.generate import Draw, answer, draw
 from tunewright.models.memory import fitting
 from tunewright.objectives import Objective
 from tunewright.objectives import _rewards as rewards
+from tunewright.objectives._causal import pad
+from tunewright.objectives._pairs import said
+from tunewright.objectives._policy import answered
 from tunewright.recipes import EvaluateConfig
 from tunewright.train.measure import HeldOut
 
 Tree = dict[str, Any]
 _AT_ONCE = 64
 """Prompts answered together, unless memory asks for fewer."""
+_LOOKED_AT = 16
+"""Answers that a model is passed over together."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,25 @@ class Examination:
         was_NR, is_NR = self.worth(before["answers"]), self.worth(after["answers"])
         share_R = ((is_NR > was_NR) + 0.5 * (is_NR == was_NR)).mean(0)
         return dict(zip(self.config.rewards, share_R.tolist(), strict=True))
+
+    def kl(self, model: Any, before: Any) -> float:
+        """KL(after ‖ before) in nats an answer, by one answer of the model's to each question."""
+        torch.manual_seed(derive(0, "divergence"))
+        prompts = [self.codec.prompt(row.messages[:-1]) for row in self.rows]
+        how = Draw(1, self.config.max_new_tokens)
+        answers = fitting(_AT_ONCE, 1, lambda size: draw(model, self.codec, prompts, how, size))
+        both = zip(prompts, answers, strict=True)
+        samples = [
+            answered({"input_ids": np.array(ids, np.int32)}, ids_said) for ids, ids_said in both if ids_said
+        ]
+        apart = 0.0
+        for some in chunks(samples, _LOOKED_AT):
+            batch = {name: x.to(model.device) for name, x in pad(some, self.codec.pad_id).items()}
+            with torch.no_grad():
+                apart += sum(
+                    sign * float(said(one, batch)[0].sum()) for sign, one in ((1, model), (-1, before))
+                )
+        return apart / len(prompts)
 
     @property
     def asks(self) -> bool:

@@ -1,4 +1,4 @@
-"""A reward model that is asked what answers are worth."""
+"""Other models that are asked: what answers are worth, and what they would say themselves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +14,13 @@ from tunewright.recipes import plugin_config
 
 _AT_ONCE = 32
 """Answers that go through the model together."""
+
+
+class Teacher:
+    """A model that is asked for its words; ``sha256`` tells it from others."""
+
+    def __init__(self, speaker: Any, sha256: str) -> None:
+        self.model, self.codec, self.sha256 = speaker.model.eval(), speaker.codec, sha256
 
 
 class Judge:

@@ -222,6 +222,8 @@ def _worth(before: dict[str, float], after: Tree) -> Iterator[str]:
             else ""
         )
         yield f"By {Path(name).name}, answers are worth {value:.3f}{was}{against}."
+    if "kl" in after:
+        yield f"Its own answers are {after['kl']:.2f} nats, an answer's mean, from those of the model before (KL)."
 
 
 def _forgotten(old: dict[str, Change]) -> Iterator[str]:

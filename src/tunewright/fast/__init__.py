@@ -54,6 +54,8 @@ class Work:
     """Whether it computes in other numbers than its weights are held in."""
     changing: bool = False
     """Whether what a sample gives the first block is drawn anew each time."""
+    answers: bool = False
+    """Whether a batch has several answers to one question."""
 
     @property
     def device(self) -> torch.device:

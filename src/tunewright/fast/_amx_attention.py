@@ -61,20 +61,20 @@ def _call(tensors: Sequence[Tensor], logsumexp_HM: Tensor, ends: Tensor, scale: 
 
 
 @torch.library.custom_op("tunewright::amx_attention", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = map(_laid_out, (query, key, value))
     out, logsumexp_HM = _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
     _call((query, key, value, out), logsumexp_HM, ends, scale, back=False)
     return out, logsumexp_HM
 
 
-@_attend.register_fake
+@attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("tunewright::amx_attention_backward", mutates_args=())
-def _backward(
+def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -90,7 +90,7 @@ def _backward(
     return made
 
 
-@_backward.register_fake
+@attend_backward.register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -112,15 +112,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, ends = ctx.saved_tensors
-    return *_backward(*tensors, grad, ends, ctx.scale), None, None
+    return *attend_backward(*tensors, grad, ends, ctx.scale), None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def in_a_row(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
     """Query [1, H, M, D], key and value [1, G, M, D], where samples begin and the last ends [S + 1] -> [1, M, H, D]."""
-    out: Tensor = _attend(query, key, value, ends, scale)[0]
+    out: Tensor = attend(query, key, value, ends, scale)[0]
     return out.transpose(1, 2)
 
 

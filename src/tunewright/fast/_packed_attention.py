@@ -56,7 +56,7 @@ def _row(x_SHTD: Tensor, at: _Layout, tokens: int) -> Tensor:
 
 
 @torch.library.custom_op("tunewright::packed_attention", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
     at = _layout(tuple(ends.tolist()))
     out_SHTD, _ = _causal.forward(_padded(query, at), _padded(key, at), _padded(value, at), scale)
     return _row(out_SHTD, at, query.shape[2])
@@ -67,13 +67,13 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-@_attend.register_fake
+@attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
     return _like(query)
 
 
 @torch.library.custom_op("tunewright::packed_attention_backward", mutates_args=())
-def _backward(
+def attend_backward(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     at = _layout(tuple(ends.tolist()))
@@ -84,7 +84,7 @@ def _backward(
     return for_query, for_key, for_value
 
 
-@_backward.register_fake
+@attend_backward.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, ends: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,13 +98,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, ends = ctx.saved_tensors
-    return *_backward(query, key, value, grad, ends, ctx.scale), None, None
+    return *attend_backward(query, key, value, grad, ends, ctx.scale), None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
     """Query [1, H, M, D], key and value [1, G, M, D], where samples begin and the last ends [S + 1] -> [1, M, H, D]."""
-    out: Tensor = _attend(query, key, value, ends, scale)
+    out: Tensor = attend(query, key, value, ends, scale)
     return out.transpose(1, 2)

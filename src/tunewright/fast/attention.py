@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _amx_attention, _causal
+from tunewright.fast import Technique, Work, _amx_attention, _causal, _shared_attention
 from tunewright.fast import _packed_attention as packed
 
 _NAME = "tunewright_causal"
@@ -77,11 +77,16 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D].
 
-    Samples that follow one another in one row have their ends in ``cu_seq_lens_q``. What is not plain causal attention
+    Samples that follow one another in one row have their ends in ``cu_seq_lens_q``, and what they share of others in
+    ``prefixes``. What is not plain causal attention
     in training goes to the plain implementation; its mask keeps such samples apart, too.
     """
     more = dropout or any(others.get(name) is not None for name in ("position_bias", "softcap"))
     scale = scaling or query.shape[3] ** -0.5
+    if others.get("prefixes") is not None:
+        return _shared_attention.attention(
+            query, key, value, others["cu_seq_lens_q"], others["prefixes"], scale
+        ), None
     if others.get("cu_seq_lens_q") is not None and not more:
         one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
         return one_row(query, key, value, others["cu_seq_lens_q"], scale), None

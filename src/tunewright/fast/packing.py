@@ -5,7 +5,7 @@ kernels are made anew for every new shape, which for short runs costs more than 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -55,35 +55,39 @@ class Packing(Technique):
 
 
 def _packed(model: Any, batch: Batch) -> Batch:
-    fits = LENGTH in batch and int(batch[LENGTH].max()) <= _reach(model)
+    fits = LENGTH in batch and int(batch[LENGTH].max()) <= reach(model)
     return in_one_row(batch) if fits else batch
 
 
-def _reach(model: Any) -> float:
+def reach(model: Any) -> float:
     """Tokens that every layer sees back to the first of; of longer samples, their ends do not tell who sees whom."""
     config = base_model(model).config.get_text_config()
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return min((window for window in windows if window), default=math.inf)
 
 
-def in_one_row(batch: Batch) -> dict[str, Tensor]:
+def in_one_row(batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] = ()) -> dict[str, Tensor]:
     """The batch of B samples as one row [1, M]; M is a multiple of 256.
 
-    ``cu_seq_lens_q`` int32 [B + 1] says where each begins, and where the last ends.
+    ``cu_seq_lens_q`` int32 [B + 1] says where each begins, and where the last ends. With ``owners`` and ``counts`` [B]
+    a sample's first tokens are left out, so many, since its owner's are the same; ``prefixes`` int64 [B, 2] says where
+    those lie in the row, and how many they are.
     """
     ids_BT, lengths_B = batch["input_ids"], batch[LENGTH]
     places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-    real_BT = places_BT < lengths_B[:, None]
-    tokens = int(lengths_B.sum())
-    left = -tokens % _STEP
+    skipped_B = torch.tensor(counts, device=ids_BT.device) if counts else torch.zeros_like(lengths_B)
+    kept_BT = (places_BT < lengths_B[:, None]) & (places_BT >= skipped_B[:, None])
+    ends_S1 = F.pad((lengths_B - skipped_B).cumsum(0), (1, 0))
+    left = -int(ends_S1[-1]) % _STEP
     row = {
-        name: F.pad(x_BT[real_BT], (0, left), value=fill)[None]
+        name: F.pad(x_BT[kept_BT], (0, left), value=fill)[None]
         for name, x_BT, fill in (
             ("input_ids", ids_BT, 0), ("labels", batch["labels"], likelihood.IGNORED), ("position_ids", places_BT, 0),
         )
     }  # fmt: skip
-    ends_S1 = F.pad(lengths_B.cumsum(0), (1, 0)).to(torch.int32)
-    return {**row, "cu_seq_lens_q": ends_S1}
+    if counts:
+        row["prefixes"] = torch.stack([ends_S1[list(owners)], skipped_B], 1)
+    return {**row, "cu_seq_lens_q": ends_S1.to(torch.int32)}
 
 
 def _agrees(work: Work) -> bool:

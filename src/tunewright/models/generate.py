@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunewright.core.units import chunks
 from tunewright.data.rows import Message, task_id
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import TASK
-from tunewright.models.announce import announced
+from tunewright.models.announce import ROUTER, announced
 
 
 def answer(
@@ -51,7 +52,7 @@ def context_length(model: Any) -> int:
 
 @dataclass(frozen=True)
 class Draw:
-    """How answers are drawn, all at random from the model's own distribution."""
+    """How answers are drawn from the model's own distribution: at random, or at temperature 0 the greedy ones."""
 
     count: int
     """For each prompt."""
@@ -65,19 +66,21 @@ def draw(
     model: Any, codec: ChatCodec, prompts: Sequence[list[int]], how: Draw, batch_size: int = 64
 ) -> list[list[int]]:
     """``how.count`` answers to each prompt's tokens, as tokens: prompt by prompt, each with the end of its turn if it
-    came to that. They follow from torch's random state.
+    came to that. They follow from torch's random state. A prompt goes through the model once for all its answers.
     """
-    options = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    at_random = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    options: dict[str, Any] = at_random if how.temperature else {"do_sample": False}
     answers: list[list[int]] = []
-    for some in chunks((ids for ids in prompts for _ in range(how.count)), batch_size):
-        answers += (_ended(codec, ids) for ids in _generate(model, codec, some, how.longest, **options))
+    for some in chunks(prompts, max(1, batch_size // how.count)):
+        found = _generate(model, codec, some, how.longest, how.count, **options)
+        answers += (_ended(codec, ids) for ids in found)
     return answers
 
 
 def _generate(
-    model: Any, codec: ChatCodec, ids: list[list[int]], longest: int, **options: Any
+    model: Any, codec: ChatCodec, ids: list[list[int]], longest: int, count: int = 1, **options: Any
 ) -> list[list[int]]:
-    """What follows the prompts; what stands after the end of a turn is padding."""
+    """What follows the prompts, ``count`` times each; what stands after the end of a turn is padding."""
     width = max(map(len, ids))
     # Left padding: all rows end, and so begin to answer, at the same position.
     ids_BT = torch.tensor([[codec.pad_id] * (width - len(i)) + i for i in ids], device=model.device)
@@ -86,13 +89,35 @@ def _generate(
     model.eval()
     try:
         with torch.no_grad():
+            if count > 1 and width > 1 and _reads_alike(model):
+                options["past_key_values"] = _read(model, ids_BT[:, :-1], mask_BT[:, :-1], count)
             out_BT = model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=longest, use_cache=True,
-                eos_token_id=codec.stop_ids or None, pad_token_id=codec.pad_id, **options,
+                input_ids=ids_BT.repeat_interleave(count, 0), attention_mask=mask_BT.repeat_interleave(count, 0),
+                max_new_tokens=longest, use_cache=True, eos_token_id=codec.stop_ids or None,
+                pad_token_id=codec.pad_id, **options,
             )  # fmt: skip
     finally:
         model.train(was_training)
     return [row[width:] for row in out_BT.tolist()]
+
+
+def _reads_alike(model: Any) -> bool:
+    """Whether all answers begin from the same cache: no prompt of a method's own, and no adapters by sample."""
+    return not getattr(model, "virtual_tokens", 0) and getattr(model, ROUTER, None) is None
+
+
+def _read(model: Any, ids_BT: Tensor, mask_BT: Tensor, count: int) -> Any:
+    """Keys and values of the prompts, ``count`` times each."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    places_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
+    model(
+        input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    cache.batch_repeat_interleave(count)
+    return cache
 
 
 def _ended(codec: ChatCodec, ids: list[int]) -> list[int]:

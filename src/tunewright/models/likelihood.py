@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,12 +12,12 @@ from tunewright.models import anatomy
 
 IGNORED = -100
 """The label of a position that is not learned."""
-PACKED = ("position_ids", "cu_seq_lens_q")
+PACKED = ("position_ids", "cu_seq_lens_q", "prefixes")
 """What a batch has besides, whose samples follow one another in one row."""
 Batch = Mapping[str, Tensor]
 Losses = Callable[[Any, Batch], Tensor]
 Layout = Callable[[Any, Batch], Batch]
-_WAY, _LAYOUT = "tunewright_losses", "tunewright_layout"
+_WAY, _LAYOUT, _ENDS = "tunewright_losses", "tunewright_layout", "tunewright_head_ends"
 
 
 def token_losses(model: Any, batch: Batch) -> Tensor:
@@ -36,6 +37,38 @@ def states(model: Any, batch: Batch) -> Tensor:
     """
     laid_out = _laid_out(model, batch)
     return hidden_states(model, laid_out)[laid_out["labels"] != IGNORED]
+
+
+def words(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Rows [N, ...] where a label is not :data:`IGNORED`, and what makes logits [n, V] of some of them.
+
+    So logits of all need not be held; they are where a model changes them after its output layer.
+    """
+    if not _ends_with_head(model, batch):
+        laid_out = _laid_out(model, batch)
+        logits_BTV = model(**given(laid_out), use_cache=False).logits
+        return logits_BTV[laid_out["labels"] != IGNORED], lambda rows: rows
+    head = anatomy.output_head(model)
+    assert isinstance(head, nn.Module), "a language model has an output layer"  # noqa: S101 our own bug
+    return states(model, batch), head
+
+
+def _ends_with_head(model: Any, batch: Batch) -> bool:
+    if _ENDS not in vars(model):
+        some = {name: x[:1] for name, x in batch.items()}
+        with torch.no_grad():
+            vars(model)[_ENDS] = comes_last(model, some)
+    found: bool = vars(model)[_ENDS]
+    return found
+
+
+def comes_last(model: Any, batch: Batch) -> bool:
+    """Whether the model gives what its output layer gives; what it does to small logits may not show."""
+    if anatomy.output_head(model) is None:
+        return False
+    given_11V = torch.tensor([[[-1000.0, -0.5, 0.0, 0.5, 1000.0]]], device=batch["labels"].device)
+    found = computed(model, lambda states_BTD: given_11V.to(states_BTD.dtype), batch)
+    return torch.equal(found.logits.float(), given_11V)
 
 
 def is_plain(model: Any) -> bool:
@@ -95,9 +128,15 @@ def laid_out_by(model: Any, layout: Layout) -> Iterator[None]:
         yield
 
 
+def layout(model: Any) -> Layout | None:
+    """How batches are laid out for this model now, if not as they are."""
+    found: Layout | None = vars(model).get(_LAYOUT)
+    return found
+
+
 def _laid_out(model: Any, batch: Batch) -> Batch:
-    layout: Layout | None = vars(model).get(_LAYOUT)
-    return layout(model, batch) if layout else batch
+    own = layout(model)
+    return own(model, batch) if own else batch
 
 
 @contextmanager

@@ -58,6 +58,18 @@ class Turn:
     seed: int
 
 
+@dataclass(frozen=True)
+class Other:
+    """Another model that an objective asks."""
+
+    name: str
+    """``stage:NAME`` or ``model:FOLDER``."""
+    place: str
+    """Where the recipe names it."""
+    speaks: bool = False
+    """Whether it is asked for words, which must be the model's own; otherwise it is a reward model."""
+
+
 class Objective(ABC):
     """The contract. ``codec`` turns rows into tokens; ``config`` is the file's own ``Config``."""
 
@@ -67,8 +79,6 @@ class Objective(ABC):
     needs_start: ClassVar[bool] = False
     """Whether it asks the model as it was at first, by :attr:`start`."""
     start: Any = None
-    explores: ClassVar[bool] = False
-    """Whether it learns from answers of the model's own: samples are only questions then."""
     speaks: ClassVar[bool] = True
     """Whether the model shall answer questions afterwards, and is asked some before and after."""
     rows: int = 1
@@ -79,8 +89,8 @@ class Objective(ABC):
     def __init__(self, config: Any, codec: ChatCodec) -> None:
         self.config = config
         self.codec = codec
-        self.judges: dict[str, Any] = {}
-        """The reward models that :meth:`asks_for` names; whoever runs the stage loads them."""
+        self.asked: dict[str, Any] = {}
+        """What :meth:`others` names: a judge that is called with answers, or what gives a speaker; the stage's run sets it."""
 
     @abstractmethod
     def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
@@ -115,8 +125,8 @@ class Objective(ABC):
         """How many tokens go through the model to learn from samples of these lengths."""
         return lengths_N
 
-    def asks_for(self) -> list[str]:
-        """Reward models that it needs, as the recipe names them: ``stage:NAME`` or ``model:FOLDER``."""
+    def others(self) -> list[Other]:
+        """Other models that it asks."""
         return []
 
     def attach(self, model: Any) -> None:
@@ -128,6 +138,11 @@ class Objective(ABC):
     def explore(self, model: Any, samples: list[Sample], turn: Turn) -> list[Sample]:
         """What is learned from instead of the samples, if the model itself has to answer first."""
         return samples
+
+    @property
+    def explores(self) -> bool:
+        """Whether it learns from answers that are drawn: samples are only questions then."""
+        return False
 
     @property
     def is_changing(self) -> bool:

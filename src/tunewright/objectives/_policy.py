@@ -24,7 +24,7 @@ from tunewright.models.announce import announced
 from tunewright.models.generate import Draw, draw, text
 from tunewright.models.likelihood import IGNORED, token_losses
 from tunewright.models.memory import fitting
-from tunewright.objectives import Batch, Objective, Sample, Turn, origin
+from tunewright.objectives import Batch, Objective, Other, Sample, Turn, origin
 from tunewright.objectives import _rewards as rewards
 from tunewright.objectives._causal import pad
 
@@ -66,7 +66,10 @@ class DrawConfig(BaseConfig):
 class Policy(Objective):
     """A subclass says what a group's rewards are worth, and what is minimised."""
 
-    explores = True
+    @property
+    def explores(self) -> bool:
+        """Always."""
+        return True
 
     def __init__(self, config: Any, codec: ChatCodec) -> None:
         super().__init__(config, codec)
@@ -84,9 +87,10 @@ class Policy(Objective):
         """As the recipe says."""
         return int(self.config.steps_per_draw)
 
-    def asks_for(self) -> list[str]:
+    def others(self) -> list[Other]:
         """Of its rewards, those that are models."""
-        return [name for name in self.config.rewards if name.startswith(rewards.JUDGES)]
+        models = (name for name in self.config.rewards if name.startswith(rewards.JUDGES))
+        return [Other(name, "objective.rewards") for name in models]
 
     def sizes(self, lengths_N: np.ndarray) -> np.ndarray:
         """A whole group, its answers as long as they may be."""
@@ -95,24 +99,14 @@ class Policy(Objective):
 
     def encode(self, rows: Iterable[Row]) -> Iterator[Sample | Problem]:
         """``input_ids`` int32 [P]: the question; ``question`` and ``reference`` uint8: its text and its row's answer."""
-        return map(self._question, rows)
+        return (self._asking(row) for row in rows)
 
-    def _question(self, row: Row) -> Sample | Problem:
-        turns = row.prompt
-        if not turns or turns[-1].role != "user":
-            return Problem(row.where, "no question to answer", "give it a prompt")
-        ids = self.codec.prompt(turns, row.tools)
-        room = self.codec.max_length - self.config.longest
-        if len(ids) > room:
-            what = f"a question of {len(ids)} tokens, at most {room} fit beside an answer of {self.config.longest}"
-            return Problem(
-                row.where, what, "raise data.max_length, lower objective.longest or shorten the row"
-            )
+    def _asking(self, row: Row) -> Sample | Problem:
+        made = question(self.codec, row, self.config.longest)
+        if isinstance(made, Problem):
+            return made
         reference = row.messages[-1].content if row.answered else row.chosen
-        return {
-            "input_ids": np.array(ids, np.int32), _QUESTION: _bytes(turns[-1].content), _REFERENCE: _bytes(reference),
-            **origin(row.where),
-        }  # fmt: skip
+        return {**made, _QUESTION: _bytes(row.prompt[-1].content), _REFERENCE: _bytes(reference)}
 
     def explore(self, model: Any, samples: list[Sample], turn: Turn) -> list[Sample]:
         """The groups of this step, drawn now or in a step before."""
@@ -140,7 +134,7 @@ class Policy(Objective):
             for sample in samples for _ in range(config.group)
         ]  # fmt: skip
         said = [text(self.codec, ids) for ids in answers]
-        table_NR = rewards.worth(config.rewards, self._rewards, self.judges, asked, said)
+        table_NR = rewards.worth(config.rewards, self._rewards, self.asked, asked, said)
         worth_N = table_NR @ np.array(config.weights or (1.0,) * len(config.rewards))
         return answers, table_NR, worth_N.reshape(len(samples), config.group)
 
@@ -168,13 +162,8 @@ class Policy(Objective):
         }  # fmt: skip
 
     def _sample(self, asked: Sample, answer: list[int], advantage: float, reward: float) -> Sample:
-        prompt = asked["input_ids"]
-        kept = {name: asked[name] for name in (TASK,) if name in asked}
-        return {
-            "input_ids": np.concatenate([prompt, np.array(answer, np.int32)]),
-            "learned": np.concatenate([np.zeros(len(prompt), np.uint8), np.ones(len(answer), np.uint8)]),
-            _ADVANTAGE: bits([advantage]), _REWARD: bits([reward]), **kept,
-        }  # fmt: skip
+        kept = {name: asked[name] for name in ("input_ids", TASK) if name in asked}
+        return {**answered(kept, answer), _ADVANTAGE: bits([advantage]), _REWARD: bits([reward])}
 
     def looked_at(self, model: Any, work: Callable[[], Found]) -> Found:
         """What ``work`` finds of the model without dropout or gradients."""
@@ -279,6 +268,27 @@ class Grouped(Policy):
         self, now_N: Tensor, before_N: Tensor, rows_N: Tensor, advantages_B: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss, of tokens' log-probabilities now and when they were drawn, and the rows they are of."""
+
+
+def question(codec: ChatCodec, row: Row, longest: int) -> Sample | Problem:
+    """``input_ids`` int32 [P] of a row's question, with room for an answer of ``longest`` tokens behind it."""
+    turns = row.prompt
+    if not turns or turns[-1].role != "user":
+        return Problem(row.where, "no question to answer", "give it a prompt")
+    ids, room = codec.prompt(turns, row.tools), codec.max_length - longest
+    if len(ids) > room:
+        what = f"a question of {len(ids)} tokens, at most {room} fit beside an answer of {longest}"
+        return Problem(row.where, what, "raise data.max_length, lower objective.longest or shorten the row")
+    return {"input_ids": np.array(ids, np.int32), **origin(row.where)}
+
+
+def answered(asked: Sample, answer: list[int]) -> Sample:
+    """A question with an answer, which alone is learned."""
+    prompt = asked["input_ids"]
+    return {
+        **asked, "input_ids": np.concatenate([prompt, np.array(answer, np.int32)]),
+        "learned": np.concatenate([np.zeros(len(prompt), np.uint8), np.ones(len(answer), np.uint8)]),
+    }  # fmt: skip
 
 
 def _bytes(words: str) -> np.ndarray:

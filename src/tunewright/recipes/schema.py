@@ -111,6 +111,9 @@ class EvaluateConfig(Config):
     """What the model knew before, by name: its loss on these files before and after tells what was forgotten."""
     rewards: tuple[str, ...] = ()
     """What answers are worth before and after, as in ``grpo``: exact_match, contains, brevity, or FILE.py:FUNCTION."""
+    kl: bool = False
+    """Tell how far the model has moved: the mean of log(after / before) of its own answers, one drawn for each row asked.
+    It takes the memory of a second model."""
     samples: int = Field(12, ge=0)
     """Answers shown side by side in the report."""
 

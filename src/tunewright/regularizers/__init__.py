@@ -34,10 +34,14 @@ Losses = Callable[[Any, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Old:
-    """Data of the time before: batches of one sample each, and their loss, nats a token."""
+    """Data besides those that are learned: batches of one sample each, and their loss, nats a token."""
 
     batches: Callable[[], Iterator[Batch]]
     loss: Losses
+    count: int
+    """Of samples."""
+    batch: Callable[[Sequence[int]], Batch]
+    """Of the samples with these numbers."""
 
 
 class Regularizer(ABC):
@@ -60,11 +64,17 @@ class Regularizer(ABC):
         """The share of all samples that shall be of :attr:`old`; 0 if they are only looked at."""
         return 0.0
 
+    def attach(self, model: Any) -> None:
+        """Add to the model what is trained besides it."""
+
+    def release(self, model: Any) -> None:
+        """Take away what :meth:`attach` added, before the model is measured and saved."""
+
     def begin(self, start: "Start", old: Old | None) -> None:
         """Look at the model as it is before its first step; also called when a run goes on."""
 
-    def look(self, model: Any, batches: Sequence[Batch]) -> None:
-        """Called before the passes of a step, with all that :meth:`loss` will be asked of.
+    def look(self, model: Any, batches: Sequence[Batch], progress: float) -> None:
+        """Called before the passes of a step, with all that :meth:`loss` will be asked of, and the share of steps done.
 
         The start may stand in here, but no longer once a pass has begun whose gradient is still to be made.
         """
@@ -76,6 +86,10 @@ class Regularizer(ABC):
     def loss(self, model: Any, batch: Batch) -> Tensor | None:
         """What is added to a batch's loss, in its unit."""
         return None
+
+    def figures(self) -> dict[str, float]:
+        """To be told of the batch that :meth:`loss` was asked of last."""
+        return {}
 
 
 class Start:

@@ -49,7 +49,7 @@ class Lwf(Regularizer):
         self._start = start
         self._before: dict[int, Tensor] = {}
 
-    def look(self, model: Any, batches: Sequence[Batch]) -> None:
+    def look(self, model: Any, batches: Sequence[Batch], progress: float) -> None:
         """Hidden states of what will be learned, as they were before training."""
         self._before = {}  # of a step that was cut smaller, some were never asked for
         with torch.no_grad(), self._start.standing_in(model):

@@ -12,6 +12,7 @@ from tunewright.data.rows import Message
 from tunewright.data.template import ChatCodec
 from tunewright.models.generate import answer, context_length
 from tunewright.models.load import DTYPES, ModelSource, find, load_model, load_tokenizer
+from tunewright.models.load import fingerprint as load_fingerprint
 
 Tree = dict[str, Any]
 
@@ -74,13 +75,33 @@ def load(name: str, precision: str = "", template: str = "auto") -> Speaker:
     return Speaker(model, codec, None, source.name)
 
 
+def tokenizer(name: str) -> Any:
+    """Its tokenizer, without its weights. UserError if it is nothing that can answer."""
+    return load_tokenizer(_words_of(name))
+
+
+def _words_of(name: str) -> ModelSource:
+    folder = artifact_of(name)
+    if folder and (folder / "adapter_config.json").is_file():
+        own = ModelSource(str(folder), str(folder))
+        return own if (folder / "tokenizer_config.json").is_file() else methods.base_of(_manifest(folder))
+    return find(str(folder) if folder else name)
+
+
+def fingerprint(name: str) -> str:
+    """What tells it from others: SHA-256 over its files, and its base's if it is an adapter."""
+    folder = artifact_of(name)
+    if folder and (folder / "adapter_config.json").is_file():
+        base = methods.base_of(_manifest(folder))
+        return store.sha256_json([load_fingerprint(ModelSource(name, str(folder))), load_fingerprint(base)])
+    return load_fingerprint(find(str(folder) if folder else name))
+
+
 def _adapter(folder: Path, precision: str, template: str) -> Speaker:
     manifest = _manifest(folder)
     model, method = methods.load_adapter(folder, manifest, precision or manifest["precision"])
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    own = ModelSource(str(folder), str(folder))
-    tokenizer = load_tokenizer(own if has_tokenizer else methods.base_of(manifest))
-    return Speaker(model, ChatCodec(tokenizer, template, context_length(model)), method, manifest["base"])
+    words = load_tokenizer(_words_of(str(folder)))
+    return Speaker(model, ChatCodec(words, template, context_length(model)), method, manifest["base"])
 
 
 def _manifest(folder: Path) -> Tree:

@@ -24,7 +24,8 @@ class Lesson:
         """In parts of at most ``budget`` padded tokens."""
         if self.drawn is None:
             return [self.feed.batch(part) for part in self.feed.micro_batches(self.indices, budget)]
-        parts = cut(np.argsort(self._lengths, kind="stable"), self._lengths, budget)
+        asked = np.array([int(np.argmax(sample["learned"])) for sample in self.drawn])  # a question's length
+        parts = cut(np.argsort(asked, kind="stable"), self._lengths, budget)  # its answers stay together
         return [self.feed.objective.batch([self.drawn[i] for i in part], self.feed.device) for part in parts]
 
     @property

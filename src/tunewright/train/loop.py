@@ -69,6 +69,8 @@ class Trainer:
         self.state = TrainState()
         self.method.begin(self.model, Setting(self.objective.codec, self._look, self.clock))
         self.objective.attach(self.model)
+        for one in self.regularizers:
+            one.attach(self.model)
         lr = self.config.lr or self.method.default_lr
         self.optimizer = Masters(
             self.model, self.config, lr, self.algorithm, self.method.lr_scale,
@@ -135,6 +137,8 @@ class Trainer:
                 self._train()
         self._restore_best()
         self.objective.release(self.model)
+        for one in self.regularizers:
+            one.release(self.model)
         self.method.finish(self.model)
         return self.state
 
@@ -154,6 +158,7 @@ class Trainer:
             portion,
             self.precision == "fp16",
             self.objective.is_changing,
+            self.objective.explores or self.objective.rows > 1,
         )
 
     def _tried(self, budget: int) -> float:

@@ -44,7 +44,7 @@ class Accumulator:
         torch.manual_seed(derive(clock.seed, "look", clock.step))
         self.objective.look(self.model, batches)
         for one in self.regularizers:
-            one.look(self.model, batches)
+            one.look(self.model, batches, clock.step / clock.steps)
         whole, loss = sum(weights), 0.0
         metrics: dict[str, float] = {}
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
@@ -54,6 +54,7 @@ class Accumulator:
                 for one in self.regularizers:
                     added = one.loss(self.model, batch)
                     part = part if added is None else part + added
+                    figures = {**figures, **one.figures()}
             share = weight / whole
             (part * (share * scale)).backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach()) * share

@@ -63,6 +63,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
     "resume": lambda e: f"resumed from the checkpoint of step {e['step']}",
     "restore": lambda e: f"the weights of step {e['step']} are kept (held-out loss {e['loss']:.4f})",
     "reuse": lambda e: f"stage {e['stage']} is finished and its inputs are the same: reused",
+    "kl": lambda e: f"its own answers are {e['nats']:.2f} nats from those of the model before (KL)",
     "saved": lambda e: f"saved {e['path']} ({human_bytes(e['bytes'])})",
 }
 
