@@ -29,6 +29,8 @@ MARKERS = {
     "additional_special_tokens": ["<|im_start|>"],
 }
 _DONE = "facts.json"
+_CHARACTERS = 3
+"""A token has more: pairs shorter than that are not cut."""
 
 
 def prepare(cache: Path, name: str, spec: Tree, data: Tree, fixtures: Path = FIXTURES) -> Tree:
@@ -120,10 +122,12 @@ def _talks(data: Tree, fixtures: Path) -> Iterator[Tree]:
 
 
 def _pairs(data: Tree, fixtures: Path) -> Iterator[Tree]:
-    """The rows of a preference file in a seed-0 shuffle: a prompt, a chosen and a rejected answer, all as messages."""
+    """The rows of a preference file in a seed-0 shuffle, but those that would be cut: a prompt and two answers, as messages."""
     found = json.loads((fixtures / DATA / f"{data['pairs']}.json").read_text("utf-8"))
     random.Random(0).shuffle(found)
     for row in found:
+        if len(json.dumps(row, ensure_ascii=False)) > _CHARACTERS * data["max_length"]:
+            continue
         turns = [
             _said("user" if m["from"] == "human" else "assistant", m["value"]) for m in row["conversations"]
         ]

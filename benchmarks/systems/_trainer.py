@@ -42,7 +42,9 @@ class Watch(transformers.TrainerCallback):
 
 
 def real_tokens(inputs: Any) -> int:
-    """Tokens that are no padding; batches without a mask [B, T] have none."""
+    """Tokens that are no padding; batches without a mask [B, T] have none. Rows, where they have no tokens yet."""
+    if isinstance(inputs, list):  # GRPO's are prompts that are yet to be answered
+        return len(inputs)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.ndim == 2:
         return int((mask != 0).sum())

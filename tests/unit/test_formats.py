@@ -713,3 +713,19 @@ def test_no_mutated_row_raises(
             assert "empty" in str(error)
             continue
         assert all(item.where.startswith(f"{path}:") for item in items)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": [USER], "completion": "hello"},
+     {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])},
+     {"prompt": [{"from": "human", "value": "hi"}], "completion": [{"from": "gpt", "value": "hello"}]}],
+)  # fmt: skip
+def test_a_prompt_and_its_answer_may_be_turns(tmp_path: Path, row: object) -> None:
+    assert said(one(tmp_path, row)) == [("user", "hi"), ("assistant", "hello")]
+
+
+def test_a_turn_in_a_prompt_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    told = bad(tmp_path, {"prompt": [USER, {"role": "wizard", "content": "x"}], "completion": "y"})
+    assert "field 'prompt[1].role' is 'wizard', expected a known role" in told
+    assert "field 'prompt' is a list, expected text" in bad(tmp_path, {"prompt": [1], "completion": "y"})

@@ -41,6 +41,7 @@ SHAPES = {
     "a question and two responses": {"question": "Hi", "response_chosen": "Good.", "response_rejected": "Bad.", "history": []},
     "turns and two turns": {"conversations": [{"from": "human", "value": "Hi"}], "chosen": TURN,
                             "rejected": {"from": "gpt", "value": "Bad."}},
+    "a prompt of turns and two lists of one": {"prompt": TALK, "chosen": [GOOD], "rejected": [BAD]},
     "turns and two texts": {"messages": TALK, "chosen": "Good.", "rejected": "Bad."},
     "two conversations": {"chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},
     "a prompt and two conversations": {"prompt": "Hi", "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]},

@@ -4,16 +4,25 @@ Two answers to one question are read, too. Images, audio and video come out as P
 missing.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from math import isfinite
 from typing import Any
 
 from tunewright.core.errors import DataError, Problem, nearest
 from tunewright.data import preferences, readers
 from tunewright.data.catalog import sources
+from tunewright.data.fields import (
+    MISSING,
+    Fields,
+    RowError,
+    kind_of,
+    object_of,
+    parsed,
+    short,
+    text_of,
+    wrong,
+)
 from tunewright.data.rows import ROLES, Message, Row, Source
 
 __all__ = ["COLUMNS", "FORMATS", "TAGS", "read", "sources"]
@@ -50,23 +59,6 @@ CONVERSATIONS = ("conversations", "messages")
 
 _MEDIA = ("images", "videos", "audios")
 _MULTIMODAL = "multimodal content is not supported"
-_MISSING = object()
-_KINDS = {
-    str: "text",
-    list: "a list",
-    dict: "an object",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-}
-
-
-class _RowError(Exception):
-    """Ends the reading of one row: what was found and expected, and the fix."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
 
 
 def read(source: Source) -> Iterator[Row | Problem]:
@@ -126,128 +118,6 @@ def _shaped(source: Source) -> Iterator[Row | Problem]:
         yield item if isinstance(item, Problem) else shape.row(*item)
 
 
-class _Fields:
-    """One record seen through the source's column names; wrong types leave as :class:`_RowError`."""
-
-    __slots__ = ("columns", "record")
-
-    def __init__(self, record: dict[str, Any], columns: dict[str, str]) -> None:
-        self.record, self.columns = record, columns
-
-    def find(self, name: str, *own: str) -> tuple[str, Any]:
-        """Key and value of the column ``name``: the mapped key, else the first of ``own`` not null."""
-        if name in self.columns:
-            own = (self.columns[name],)
-        elif self.columns:
-            # {"prompt": "input"} takes "input" away from where it would be looked for by itself
-            own = tuple(key for key in own if key not in self.columns.values())
-        present = [key for key in own if key in self.record]
-        key = next((key for key in present if self.record[key] is not None), "")
-        key = key or next(iter(present), " or ".join(own) or name)
-        return key, self.record.get(key, _MISSING)
-
-    def has(self, name: str, *own: str) -> bool:
-        """Whether the column holds anything: neither missing, null nor empty."""
-        value = self.find(name, *own)[1]
-        return value is not _MISSING and value not in (None, "", [])
-
-    def filled(self, keys: frozenset[str]) -> str:
-        """One of the file's own keys that holds anything, else ``""``."""
-        held = () if keys.isdisjoint(self.record) else sorted(keys & self.record.keys())
-        return next((key for key in held if self.record[key] not in (None, "", [])), "")
-
-    def text(self, name: str, *own: str) -> str:
-        key, value = self.find(name, *own)
-        return _text(key, value)
-
-    def optional(self, name: str, *own: str) -> str:
-        """Text that may be missing or null, which is ``""``."""
-        key, value = self.find(name, *own)
-        return "" if value is None or value is _MISSING else _text(key, value)
-
-    def list(self, name: str, *own: str) -> tuple[str, list[Any]]:
-        """The key and a list; cells of CSV hold it as JSON text."""
-        key, value = self.find(name, *own)
-        found = _parsed(value) if isinstance(value, str) else value
-        if not isinstance(found, list):
-            raise _wrong(key, value, "a list")
-        return key, found
-
-    def verdict(self) -> bool | None:
-        """Whether the answer was judged good; None if nothing says so."""
-        value = self.find("kto_tag", *preferences.VERDICTS)[1]
-        return value if isinstance(value, bool) else None
-
-    def label(self) -> str:
-        """The name of a class; a number is its own name."""
-        key, value = self.find("label", "label")
-        if value is None or value is _MISSING:
-            return ""
-        if not isinstance(value, str | int):
-            raise _wrong(key, value, "the name or the number of a class")
-        return str(int(value)) if isinstance(value, int) else value
-
-    def margin(self) -> float:
-        """How much better the chosen answer is; 0 where nothing says so."""
-        key, value = self.find("margin", "margin")
-        if value is None or value is _MISSING:
-            return 0.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise _wrong(key, value, "a number")
-        return float(value)
-
-    def tools(self) -> str:
-        """Tool definitions as JSON text."""
-        key, value = self.find("tools", "tools")
-        if value is _MISSING or value in (None, [], {}):
-            return ""
-        if not isinstance(value, str | list | dict):
-            raise _wrong(key, value, "a list or its JSON text")
-        return value if isinstance(value, str) else _dumped(key, value)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _dumped(key: str, value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        raise _RowError(f"field {_short(key)} is nested too deeply", "write it flatter") from None
-
-
-def _kind(value: Any) -> str:
-    if value is None or value is _MISSING:
-        return "null" if value is None else "missing"
-    return _KINDS.get(type(value), f"a value of type {type(value).__name__}")
-
-
-def _wrong(key: str, value: Any, expected: str) -> _RowError:
-    fix = "add the field or map it with columns" if value is _MISSING else "mend the row"
-    return _RowError(f"field {_short(key)} is {_kind(value)}, expected {expected}", fix)
-
-
-def _short(text: str) -> str:
-    """Quoted, escaped and short enough for one line."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong(key, value, "text")
-    return value
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _RowError(f"the row is {_kind(value)}, expected an object", "write each row as {...}")
-    return value
-
-
 class _Shape:
     """How the records of one source become rows."""
 
@@ -264,37 +134,37 @@ class _Shape:
         """The record as a row, or what is wrong with it."""
         where = f"{self.path}:{line}"
         try:
-            return self._row(where, _Fields(_object(value), self.columns))
-        except _RowError as bad:
+            return self._row(where, Fields(object_of(value), self.columns))
+        except RowError as bad:
             return Problem(where, bad.what, bad.fix)
 
-    def _row(self, where: str, fields: _Fields) -> Row:
+    def _row(self, where: str, fields: Fields) -> Row:
         if held := fields.filled(self.media):
-            raise _RowError(f"{held}: {_MULTIMODAL}", "leave the row out, or train on its text only")
+            raise RowError(f"{held}: {_MULTIMODAL}", "leave the row out, or train on its text only")
         return self._compared(where, fields) if fields.filled(self.preference) else self._read(where, fields)
 
-    def _compared(self, where: str, fields: _Fields) -> Row:
+    def _compared(self, where: str, fields: Fields) -> Row:
         """A row with two answers; one that it has besides stays."""
         sides = {side: self._side(fields, side, keys) for side, keys in preferences.SIDES.items()}
         row = self._read(where, fields, answered=False) if _asks(fields) else Row(where, tools=fields.tools())
         own = row.messages[len(row.prompt) :]
         prompt, fault = preferences.asked(sides["chosen"], sides["rejected"], list(row.prompt))
         if fault:
-            raise _RowError(fault, "give both answers to one question")
+            raise RowError(fault, "give both answers to one question")
         for side, turns in sides.items():
             if turns[-1].role != "assistant":
-                raise _RowError(f"{side} ends with a turn of {turns[-1].role}", "end it with the answer")
+                raise RowError(f"{side} ends with a turn of {turns[-1].role}", "end it with the answer")
         chosen, rejected = (turns[-1].content for turns in sides.values())
         margin = fields.margin()
         return replace(row, messages=(*prompt, *own), chosen=chosen, rejected=rejected, margin=margin)
 
-    def _side(self, fields: _Fields, side: str, keys: tuple[str, ...]) -> list[Message]:
+    def _side(self, fields: Fields, side: str, keys: tuple[str, ...]) -> list[Message]:
         key, value = fields.find(side, *keys)
-        if value is _MISSING:
-            raise _wrong(side, value, "an answer beside the other one")
-        value = _parsed(value) if isinstance(value, str) and value.startswith(("[", "{")) else value
+        if value is MISSING:
+            raise wrong(side, value, "an answer beside the other one")
+        value = parsed(value) if isinstance(value, str) and value.startswith(("[", "{")) else value
         if not isinstance(value, str | list | dict) or value == []:
-            raise _wrong(key, value, "an answer or a conversation")
+            raise wrong(key, value, "an answer or a conversation")
         return preferences.turns(value, lambda turn: self._any_turn(key, turn))
 
     def _any_turn(self, key: str, turn: Any) -> Message:
@@ -302,12 +172,12 @@ class _Shape:
         shares = isinstance(turn, dict) and "from" in turn
         return self._turn(key, turn, *(("from", "value") if shares else ("role", "content")))
 
-    def _read(self, where: str, fields: _Fields, answered: bool = True) -> Row:
+    def _read(self, where: str, fields: Fields, answered: bool = True) -> Row:
         name = _detect(fields) if self.format == "auto" else self.format
         if name == "text":
             text, family = fields.text("text", "text"), fields.optional("family", "family")
             return Row(where, text=text, family=family, label=fields.label())
-        turns = _TURNS[name](self, fields) if answered or name in _CONVERSED else _question(fields)
+        turns = _TURNS[name](self, fields) if answered or name in _CONVERSED else self._question(fields)
         system = fields.optional("system", "system")
         if system and not (turns and turns[0].role == "system"):
             turns.insert(0, Message("system", system))
@@ -316,40 +186,65 @@ class _Shape:
             where, tuple(turns), tools=fields.tools(), family=family, liked=liked, label=fields.label()
         )
 
-    def alpaca(self, fields: _Fields) -> list[Message]:
-        return _exchange(fields, ("instruction",), ("output",))
+    def alpaca(self, fields: Fields) -> list[Message]:
+        return self._exchange(fields, ("instruction",), ("output",))
 
-    def pair(self, fields: _Fields) -> list[Message]:
+    def pair(self, fields: Fields) -> list[Message]:
         whole = [pair for pair in PAIRS if pair[0] in fields.record and pair[1] in fields.record]
         if not whole or "prompt" in self.columns or "response" in self.columns:
-            return _exchange(fields, PROMPTS, RESPONSES)
-        return _exchange(fields, whole[0][:1], whole[0][1:])
+            return self._exchange(fields, PROMPTS, RESPONSES)
+        return self._exchange(fields, whole[0][:1], whole[0][1:])
 
-    def sharegpt(self, fields: _Fields) -> list[Message]:
+    def sharegpt(self, fields: Fields) -> list[Message]:
         return self._turns(fields, CONVERSATIONS, "from", "value")
 
-    def messages(self, fields: _Fields) -> list[Message]:
+    def messages(self, fields: Fields) -> list[Message]:
         return self._turns(fields, CONVERSATIONS[::-1], "role", "content")
 
-    def _turns(self, fields: _Fields, own: tuple[str, ...], role: str, content: str) -> list[Message]:
+    def _exchange(
+        self, fields: Fields, prompts: tuple[str, ...], responses: tuple[str, ...]
+    ) -> list[Message]:
+        """Earlier turns, then one question and its answer; either may be a text or a list of turns."""
+        asked, answer = self._asked(fields, prompts), self._spoken(*fields.find("response", *responses))
+        return [*asked, *(answer or [Message("assistant", fields.text("response", *responses))])]
+
+    def _question(self, fields: Fields) -> list[Message]:
+        """What was asked, with an answer of its own if there is one beside the two to choose from."""
+        answer = fields.optional("response", *RESPONSES)
+        return [*self._asked(fields, PROMPTS), *([Message("assistant", answer)] if answer else [])]
+
+    def _asked(self, fields: Fields, prompts: tuple[str, ...]) -> list[Message]:
+        if turns := self._spoken(*fields.find("prompt", *prompts)):
+            return [*_history(fields), *turns]
+        question, query = fields.text("prompt", *prompts), fields.optional("query", "input")
+        return [*_history(fields), Message("user", f"{question}\n\n{query}" if query else question)]
+
+    def _spoken(self, key: str, value: Any) -> list[Message]:
+        """The turns of a list; none of anything else."""
+        value = parsed(value) if isinstance(value, str) and value.startswith("[{") else value
+        if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+            return []
+        return [self._any_turn(f"{key}[{at}]", turn) for at, turn in enumerate(value)]
+
+    def _turns(self, fields: Fields, own: tuple[str, ...], role: str, content: str) -> list[Message]:
         key, turns = fields.list("messages", *own)
         role, content = self.tags.get("role_tag", role), self.tags.get("content_tag", content)
         return [self._turn(f"{key}[{at}]", turn, role, content) for at, turn in enumerate(turns)]
 
     def _turn(self, where: str, turn: Any, role_key: str, content_key: str) -> Message:
         if not isinstance(turn, dict):
-            raise _wrong(where, turn, "an object")
+            raise wrong(where, turn, "an object")
         if turn.get("tool_calls"):
             what = f"field '{where}.tool_calls' is not supported"
-            raise _RowError(what, "write the call into the turn's content")
-        role = _text(f"{where}.{role_key}", turn.get(role_key, _MISSING))
+            raise RowError(what, "write the call into the turn's content")
+        role = text_of(f"{where}.{role_key}", turn.get(role_key, MISSING))
         if role not in self.roles:
-            what = f"field '{where}.{role_key}' is {_short(role)}, expected a known role"
-            raise _RowError(what, nearest(role[:60], self.roles))
-        return Message(self.roles[role], _content(f"{where}.{content_key}", turn.get(content_key, _MISSING)))
+            what = f"field '{where}.{role_key}' is {short(role)}, expected a known role"
+            raise RowError(what, nearest(role[:60], self.roles))
+        return Message(self.roles[role], _content(f"{where}.{content_key}", turn.get(content_key, MISSING)))
 
 
-_TURNS: dict[str, Callable[[_Shape, _Fields], list[Message]]] = {
+_TURNS: dict[str, Callable[[_Shape, Fields], list[Message]]] = {
     "alpaca": _Shape.alpaca,
     "sharegpt": _Shape.sharegpt,
     "messages": _Shape.messages,
@@ -360,12 +255,12 @@ _TURNS: dict[str, Callable[[_Shape, _Fields], list[Message]]] = {
 _CONVERSED = ("sharegpt", "messages")
 
 
-def _asks(fields: _Fields) -> bool:
+def _asks(fields: Fields) -> bool:
     """Whether a question stands beside the answers."""
     return fields.has("prompt", *PROMPTS) or fields.has("messages", *CONVERSATIONS)
 
 
-def _detect(fields: _Fields) -> str:
+def _detect(fields: Fields) -> str:
     """The format that a record's keys speak of; a known but incomplete one rather than none."""
     record, columns = fields.record, fields.columns
     if fields.has("messages", *CONVERSATIONS) or "messages" in columns:
@@ -389,43 +284,27 @@ def _detect_incomplete(record: dict[str, Any]) -> str:
         return "alpaca"
     if any(key in record for key in (*PROMPTS, *RESPONSES)):
         return "prompt-completion"
-    found = ", ".join(_short(key) for key in list(record)[:8]) or "none"
+    found = ", ".join(short(key) for key in list(record)[:8]) or "none"
     expected = "instruction and output, conversations, messages, prompt and completion, or text"
-    raise _RowError(f"no known field; found {found}, expected {expected}", "name the fields with columns")
+    raise RowError(f"no known field; found {found}, expected {expected}", "name the fields with columns")
 
 
 def _dialect(turns: Any) -> str:
     """ShareGPT or messages, by the keys of the first turn."""
-    turns = _parsed(turns) if isinstance(turns, str) else turns
+    turns = parsed(turns) if isinstance(turns, str) else turns
     first = turns[0] if isinstance(turns, list) and turns else None
     return "messages" if isinstance(first, dict) and ("role" in first or "content" in first) else "sharegpt"
 
 
-def _exchange(fields: _Fields, prompts: tuple[str, ...], responses: tuple[str, ...]) -> list[Message]:
-    """Earlier turns, then one question and its answer."""
-    return [*_asked(fields, prompts), Message("assistant", fields.text("response", *responses))]
-
-
-def _asked(fields: _Fields, prompts: tuple[str, ...]) -> list[Message]:
-    question, query = fields.text("prompt", *prompts), fields.optional("query", "input")
-    return [*_history(fields), Message("user", f"{question}\n\n{query}" if query else question)]
-
-
-def _question(fields: _Fields) -> list[Message]:
-    """What was asked, with an answer of its own if there is one beside the two to choose from."""
-    answer = fields.optional("response", *RESPONSES)
-    return [*_asked(fields, PROMPTS), *([Message("assistant", answer)] if answer else [])]
-
-
-def _history(fields: _Fields) -> list[Message]:
+def _history(fields: Fields) -> list[Message]:
     if not fields.has("history", "history"):
         return []
     turns: list[Message] = []
     key, pairs = fields.list("history", "history")
     for at, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise _wrong(f"{key}[{at}]", pair, "a list of question and answer")
-        question, answer = (_text(f"{key}[{at}]", text) for text in pair)
+            raise wrong(f"{key}[{at}]", pair, "a list of question and answer")
+        question, answer = (text_of(f"{key}[{at}]", text) for text in pair)
         turns += (Message("user", question), Message("assistant", answer))
     return turns
 
@@ -433,19 +312,19 @@ def _history(fields: _Fields) -> list[Message]:
 def _content(key: str, value: Any) -> str:
     """A turn's text, which may come in parts."""
     if not isinstance(value, list):
-        return _text(key, value)
+        return text_of(key, value)
     return "".join(_part(f"{key}[{at}]", part) for at, part in enumerate(value))
 
 
 def _part(where: str, part: Any) -> str:
     if not isinstance(part, dict):
-        raise _wrong(where, part, "an object")
+        raise wrong(where, part, "an object")
     kind = part.get("type", "text")
     if kind == "text":
         key = "value" if "value" in part else "text"
-        return _text(f"{where}.{key}", part.get(key, _MISSING))
-    kind = kind if isinstance(kind, str) else _kind(kind)
-    found = f"field '{where}' is of type {_short(kind)}, expected 'text'"
+        return text_of(f"{where}.{key}", part.get(key, MISSING))
+    kind = kind if isinstance(kind, str) else kind_of(kind)
+    found = f"field '{where}' is of type {short(kind)}, expected 'text'"
     if any(word in kind for word in ("image", "video", "audio", "file")):
-        raise _RowError(f"{found}: {_MULTIMODAL}", "leave the row out, or keep its text only")
-    raise _RowError(found, "write it into the text, or leave the part out")
+        raise RowError(f"{found}: {_MULTIMODAL}", "leave the row out, or keep its text only")
+    raise RowError(found, "write it into the text, or leave the part out")
