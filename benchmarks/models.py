@@ -29,7 +29,7 @@ MARKERS = {
     "additional_special_tokens": ["<|im_start|>"],
 }
 _DONE = "facts.json"
-_CHARACTERS = 3
+_CHARACTERS = 2.5
 """A token has more: pairs shorter than that are not cut."""
 
 
@@ -122,11 +122,14 @@ def _talks(data: Tree, fixtures: Path) -> Iterator[Tree]:
 
 
 def _pairs(data: Tree, fixtures: Path) -> Iterator[Tree]:
-    """The rows of a preference file in a seed-0 shuffle, but those that would be cut: a prompt and two answers, as messages."""
+    """The rows of a preference file in a seed-0 shuffle, but those that would be cut, begin with an answer or hold
+    control characters: a prompt and two answers, as messages."""
     found = json.loads((fixtures / DATA / f"{data['pairs']}.json").read_text("utf-8"))
     random.Random(0).shuffle(found)
     for row in found:
-        if len(json.dumps(row, ensure_ascii=False)) > _CHARACTERS * data["max_length"]:
+        told = json.dumps(row, ensure_ascii=False)
+        is_odd = "\\u00" in told or row["conversations"][0]["from"] != "human"
+        if is_odd or len(told) > _CHARACTERS * data["max_length"]:
             continue
         turns = [
             _said("user" if m["from"] == "human" else "assistant", m["value"]) for m in row["conversations"]

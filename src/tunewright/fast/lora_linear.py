@@ -19,6 +19,7 @@ from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, look
 from tunewright.fast.attention import base_model
 from tunewright.fast.process import let_go_of_files
+from tunewright.models.announce import stretch
 
 
 class LoraLinear(Technique):
@@ -40,7 +41,15 @@ class LoraLinear(Technique):
         """The layers' frozen weights lie in their group's matrix meanwhile."""
         groups = [_Group(layers) for layers in _together(work)]
         let_go_of_files()  # the groups hold copies
-        hook = base_model(work.model).register_forward_pre_hook(lambda *_: _refresh(groups))
+        known: list[object] = [None]
+
+        def look_again(*_: Any) -> None:
+            now = stretch(work.model)
+            if now is None or now is not known[0]:
+                _refresh(groups)
+            known[0] = now
+
+        hook = base_model(work.model).register_forward_pre_hook(look_again)
         try:
             yield
         finally:

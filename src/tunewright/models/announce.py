@@ -13,6 +13,7 @@ from torch import Tensor
 ROUTER = "tunewright_router"
 """The submodule of a model that chooses adapters; it listens."""
 _LISTENERS = "tunewright_listeners"
+_UNCHANGING = "tunewright_unchanging"
 
 
 class Listener(Protocol):
@@ -44,3 +45,19 @@ def listening(model: Any, listener: Listener) -> Iterator[None]:
         yield
     finally:
         listeners.remove(listener)
+
+
+@contextmanager
+def unchanging(model: Any) -> Iterator[None]:
+    """Within, no weight changes: what follows from weights need not be worked out for every pass."""
+    vars(model)[_UNCHANGING] = object()
+    try:
+        yield
+    finally:
+        del vars(model)[_UNCHANGING]
+
+
+def stretch(model: Any) -> object | None:
+    """Names the stretch of passes within one :func:`unchanging`; None outside of any."""
+    found: object | None = vars(model).get(_UNCHANGING)
+    return found

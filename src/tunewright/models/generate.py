@@ -11,7 +11,8 @@ from tunewright.core.units import chunks
 from tunewright.data.rows import Message, task_id
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import TASK
-from tunewright.models.announce import ROUTER, announced
+from tunewright.models import decode
+from tunewright.models.announce import announced
 
 
 def answer(
@@ -36,7 +37,7 @@ def answer(
     for some in chunks(sorted(range(len(ids)), key=lambda i: len(ids[i])), batch_size):
         batch = {TASK: torch.tensor([numbers[i] for i in some], device=model.device)}
         with announced(model, batch):
-            found = _generate(model, codec, [ids[i] for i in some], max_new_tokens, do_sample=False)
+            found = _answers(model, codec, [ids[i] for i in some], Draw(1, max_new_tokens, temperature=0.0))
         for i, tokens in zip(some, found, strict=True):
             answers[i] = text(codec, tokens)
         done += len(some)
@@ -68,56 +69,41 @@ def draw(
     """``how.count`` answers to each prompt's tokens, as tokens: prompt by prompt, each with the end of its turn if it
     came to that. They follow from torch's random state. A prompt goes through the model once for all its answers.
     """
-    at_random = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    options: dict[str, Any] = at_random if how.temperature else {"do_sample": False}
     answers: list[list[int]] = []
     for some in chunks(prompts, max(1, batch_size // how.count)):
-        found = _generate(model, codec, some, how.longest, how.count, **options)
-        answers += (_ended(codec, ids) for ids in found)
+        answers += (_ended(codec, ids) for ids in _answers(model, codec, some, how))
     return answers
 
 
-def _generate(
-    model: Any, codec: ChatCodec, ids: list[list[int]], longest: int, count: int = 1, **options: Any
-) -> list[list[int]]:
-    """What follows the prompts, ``count`` times each; what stands after the end of a turn is padding."""
-    width = max(map(len, ids))
+def _answers(model: Any, codec: ChatCodec, prompts: list[list[int]], how: Draw) -> list[list[int]]:
+    """What follows the prompts; what stands after the end of a turn is padding."""
+    width = max(map(len, prompts))
     # Left padding: all rows end, and so begin to answer, at the same position.
-    ids_BT = torch.tensor([[codec.pad_id] * (width - len(i)) + i for i in ids], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=model.device)
+    ids_BT = torch.tensor([[codec.pad_id] * (width - len(i)) + i for i in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in prompts], device=model.device)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            if count > 1 and width > 1 and _reads_alike(model):
-                options["past_key_values"] = _read(model, ids_BT[:, :-1], mask_BT[:, :-1], count)
-            out_BT = model.generate(
-                input_ids=ids_BT.repeat_interleave(count, 0), attention_mask=mask_BT.repeat_interleave(count, 0),
-                max_new_tokens=longest, use_cache=True, eos_token_id=codec.stop_ids or None,
-                pad_token_id=codec.pad_id, **options,
-            )  # fmt: skip
+        if decode.can(model):
+            choose = decode.at_random(how.temperature, how.top_p) if how.temperature else decode.greedy
+            return decode.decode(model, ids_BT, mask_BT, how.count, how.longest, codec.stop_ids, choose)
+        return _by_transformers(model, codec, ids_BT, mask_BT, how)
     finally:
         model.train(was_training)
-    return [row[width:] for row in out_BT.tolist()]
 
 
-def _reads_alike(model: Any) -> bool:
-    """Whether all answers begin from the same cache: no prompt of a method's own, and no adapters by sample."""
-    return not getattr(model, "virtual_tokens", 0) and getattr(model, ROUTER, None) is None
-
-
-def _read(model: Any, ids_BT: Tensor, mask_BT: Tensor, count: int) -> Any:
-    """Keys and values of the prompts, ``count`` times each."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    places_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-    model(
-        input_ids=ids_BT, attention_mask=mask_BT, position_ids=places_BT, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
+@torch.no_grad()
+def _by_transformers(
+    model: Any, codec: ChatCodec, ids_BT: Tensor, mask_BT: Tensor, how: Draw
+) -> list[list[int]]:
+    at_random = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    options: dict[str, Any] = at_random if how.temperature else {"do_sample": False}
+    out_BT = model.generate(
+        input_ids=ids_BT.repeat_interleave(how.count, 0), attention_mask=mask_BT.repeat_interleave(how.count, 0),
+        max_new_tokens=how.longest, use_cache=True, eos_token_id=codec.stop_ids or None,
+        pad_token_id=codec.pad_id, **options,
     )  # fmt: skip
-    cache.batch_repeat_interleave(count)
-    return cache
+    return [row[ids_BT.shape[1] :] for row in out_BT.tolist()]
 
 
 def _ended(codec: ChatCodec, ids: list[int]) -> list[int]:
