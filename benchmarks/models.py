@@ -6,6 +6,7 @@ chat template. Weights are seeded and saved in bf16. What is made stays in a cac
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,8 @@ MARKERS = {
     "additional_special_tokens": ["<|im_start|>"],
 }
 _DONE = "facts.json"
-_CHARACTERS = 2.5
-"""A token has more: pairs shorter than that are not cut."""
+_CONTROL = re.compile(r"\\x|\\f|\\v")
+"""Control characters, as Python shows them."""
 
 
 def prepare(cache: Path, name: str, spec: Tree, data: Tree, fixtures: Path = FIXTURES) -> Tree:
@@ -91,7 +92,7 @@ def _make_data(folder: Path, model: Path, data: Tree, fixtures: Path) -> None:
     if "prose" in data:
         source = _prose(data["prose"], data["max_length"], fixtures)
     else:
-        source = _pairs(data, fixtures) if "pairs" in data else _talks(data, fixtures)
+        source = _pairs(data, fixtures, tokenizer) if "pairs" in data else _talks(data, fixtures)
     every = list(
         {json.dumps(row): row for row in source}.values()
     )  # a row that repeats another teaches nothing
@@ -121,23 +122,23 @@ def _talks(data: Tree, fixtures: Path) -> Iterator[Tree]:
             yield _talk(asked, row["output"])
 
 
-def _pairs(data: Tree, fixtures: Path) -> Iterator[Tree]:
-    """The rows of a preference file in a seed-0 shuffle, but those that would be cut, begin with an answer or hold
-    control characters: a prompt and two answers, as messages."""
+def _pairs(data: Tree, fixtures: Path, tokenizer: Any) -> Iterator[Tree]:
+    """The rows of a preference file in a seed-0 shuffle: a prompt and two answers, as messages.
+
+    Left out are those that would be cut, that begin with an answer or hold control characters.
+    """
     found = json.loads((fixtures / DATA / f"{data['pairs']}.json").read_text("utf-8"))
     random.Random(0).shuffle(found)
     for row in found:
-        told = json.dumps(row, ensure_ascii=False)
-        is_odd = "\\u00" in told or row["conversations"][0]["from"] != "human"
-        if is_odd or len(told) > _CHARACTERS * data["max_length"]:
-            continue
         turns = [
             _said("user" if m["from"] == "human" else "assistant", m["value"]) for m in row["conversations"]
         ]
-        yield {
-            "prompt": turns,
-            **{side: [_said("assistant", row[side]["value"])] for side in ("chosen", "rejected")},
-        }
+        sides = {side: [_said("assistant", row[side]["value"])] for side in ("chosen", "rejected")}
+        pair = {"prompt": turns, **sides}
+        if turns[0]["role"] == "user" and not _CONTROL.search(str(row)):
+            coded = rows.encode(tokenizer, rows.talks(pair), 1 << 30)
+            if all(len(sample["input_ids"]) <= data["max_length"] for sample in coded):
+                yield pair
 
 
 def _said(role: str, content: str) -> Tree:

@@ -98,6 +98,10 @@ class TokenTable(Sequence[Sample]):
             sample[field] = self._shards[k].get_slice(field)[start : int(ends[row])]
         return sample
 
+    def column(self, field: str) -> np.ndarray:
+        """A field of all samples, one after another."""
+        return np.concatenate([np.empty(0, np.int64), *(shard.get_tensor(field) for shard in self._shards)])
+
     def where(self, index: int) -> str:
         """The sample's place for people: ``my.jsonl:3``, ``book.txt:10-14``, or its number among the samples."""
         lines = self[index].get(ORIGIN)

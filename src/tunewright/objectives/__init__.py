@@ -164,7 +164,10 @@ class Objective(ABC):
         return figures
 
     def begin(self, model: Any, batches: Iterable[Batch]) -> None:
-        """Look at the model before the first step, and at all data it will learn from or be measured on."""
+        """Look at the model before the first step, and at all data it will learn from or be measured on.
+
+        ``batches`` may be gone through more than once; they are made anew each time.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must keep for this objective: none, unless it says so."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunewright.core.errors import Problem, RecipeError
-from tunewright.models import anatomy, likelihood
+from tunewright.models import likelihood
 from tunewright.models.likelihood import IGNORED
 from tunewright.objectives import Batch
 
@@ -43,6 +43,5 @@ def at_last(lengths_B: Tensor, width: int) -> Tensor:
 
 def logits(model: Any, batch: Batch, tokens: Sequence[int]) -> Tensor:
     """The words' logits [N, W], fp32, where the batch has labels."""
-    head: Any = anatomy.output_head(model)
-    logits_NV: Tensor = head(likelihood.states(model, batch))
-    return logits_NV[:, list(tokens)].float()
+    rows, made = likelihood.words(model, batch)
+    return made(rows)[:, list(tokens)].float()

@@ -96,7 +96,8 @@ class Distill(Causal):
         super().__init__(config, codec)
         self._given = sft.Sft(sft.Config(), codec)
         self._answers: dict[int, list[int]] = {}
-        self._key, self._kept = "", dict[int, Sample]()
+        self._key, self._kept = "", dict[int, int]()
+        self._table: Sequence[Sample] = ()
 
     @property
     def explores(self) -> bool:
@@ -145,7 +146,7 @@ class Distill(Causal):
                 rows = zip(batch["input_ids"].tolist(), batch[LENGTH].tolist(), strict=True)
                 self._answer(batch[_NUMBER].tolist(), [ids[:length] for ids, length in rows])
         elif self.config.top:
-            self._keep(list(batches))
+            self._keep(batches)
 
     def explore(self, model: Any, samples: list[Sample], turn: Turn) -> list[Sample]:
         """With the teacher's answers, or the student's."""
@@ -178,6 +179,8 @@ class Distill(Causal):
     def _answer(self, numbers: list[int], prompts: list[list[int]]) -> None:
         """Ask the teacher what it was not asked yet; greedy answers."""
         new = {n: ids for n, ids in zip(numbers, prompts, strict=True) if n not in self._answers}
+        if not new:
+            return
         how, asked, teacher = Draw(1, self.config.longest, temperature=0.0), list(new.values()), self._teacher
         found = fitting(_AT_ONCE, 1, lambda size: draw(teacher.model, teacher.codec, asked, how, size))
         self._answers |= zip(new, found, strict=True)
@@ -210,10 +213,10 @@ class Distill(Causal):
     def _taught(self, batch: Batch) -> Iterator["_Taught"]:
         """What the teacher says, of some rows at a time."""
         if self.config.top and all(int(number) in self._kept for number in batch[_NUMBER]):
-            kept = [self._kept[int(number)] for number in batch[_NUMBER]]
-            device, width = batch["labels"].device, self.config.top
+            kept = [self._table[self._kept[int(number)]] for number in batch[_NUMBER]]
+            count, device = sum(len(one["input_ids"]) for one in kept), batch["labels"].device
             ids_NK, logs_NK = (
-                torch.from_numpy(np.concatenate([one[name] for one in kept])).view(-1, width).to(device)
+                torch.from_numpy(np.concatenate([one[name] for one in kept])).view(count, -1).to(device)
                 for name in ("words", "logs")
             )
             parts = zip(torch.split(ids_NK, ROWS), torch.split(logs_NK, ROWS), strict=True)
@@ -222,8 +225,8 @@ class Distill(Causal):
             rows, words = likelihood.words(self._teacher.model, batch)
         return (_All(words, some) for some in torch.split(rows, ROWS))
 
-    def _keep(self, batches: list[Batch]) -> None:
-        """The teacher's likeliest words of every token, in the cache, by what they follow from."""
+    def _keep(self, batches: Iterable[Batch]) -> None:
+        """The teacher's likeliest words of every token, in the cache, by what they follow from; read through twice."""
         numbers = [int(number) for batch in batches for number in batch[_NUMBER]]
         config, teacher = self.config, self._teacher
         told = [
@@ -255,8 +258,8 @@ class Distill(Causal):
                     }  # fmt: skip
 
     def _open(self, key: str) -> None:
-        self._key, table = key, tokens.TokenTable(_place(key))
-        self._kept = {int(sample[_NUMBER][0]): sample for sample in table}
+        self._key, self._table = key, (table := tokens.TokenTable(_place(key)))
+        self._kept = {number: place for place, number in enumerate(table.column(_NUMBER).tolist())}
 
     def state(self) -> dict[str, Tensor]:
         """The teacher's answers, or where its words are."""
@@ -306,7 +309,8 @@ class _All:
 
     def likeliest(self, config: Config) -> tuple[Tensor, Tensor]:
         """Log-probabilities and words [N, K]."""
-        found = self.logs(config.temperature).topk(config.top, -1)
+        logs_NV = self.logs(config.temperature)
+        found = logs_NV.topk(min(config.top, logs_NV.shape[1]), -1)
         return found.values, found.indices
 
 

@@ -1,6 +1,6 @@
 """LwF: what the model said before of the new data, it shall go on saying (Li & Hoiem 2016)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunewright.core.config import Config as BaseConfig
 from tunewright.core.words import Words
-from tunewright.models import anatomy, likelihood
+from tunewright.models import likelihood
 from tunewright.models.announce import announced
 from tunewright.objectives import Batch
 from tunewright.regularizers import Facts, Old, Regularizer, Start
@@ -50,27 +50,27 @@ class Lwf(Regularizer):
         self._before: dict[int, Tensor] = {}
 
     def look(self, model: Any, batches: Sequence[Batch], progress: float) -> None:
-        """Hidden states of what will be learned, as they were before training."""
+        """What the output layer would be given of all that will be learned, as it was before training."""
         self._before = {}  # of a step that was cut smaller, some were never asked for
         with torch.no_grad(), self._start.standing_in(model):
             for batch in batches:
                 with announced(model, batch):
-                    self._before[id(batch)] = likelihood.states(model, batch)
+                    self._before[id(batch)] = likelihood.words(model, batch)[0]
 
     def loss(self, model: Any, batch: Batch) -> Tensor | None:
         """Where the batch has labels; the model is passed once more."""
         before_ND = self._before.pop(id(batch))
+        states_ND, words = likelihood.words(model, batch)
         with torch.no_grad(), self._start.standing_in(model):  # the output layer alone
-            before = [self._logs(model, rows).clone() for rows in torch.split(before_ND, _ROWS)]
-        parts = zip(torch.split(likelihood.states(model, batch), _ROWS), before, strict=True)
-        sums = [checkpoint(self._divergence, model, rows, logs, use_reentrant=False) for rows, logs in parts]
+            before = [self._logs(words, rows).clone() for rows in torch.split(before_ND, _ROWS)]
+        parts = zip(torch.split(states_ND, _ROWS), before, strict=True)
+        sums = [checkpoint(self._divergence, words, rows, logs, use_reentrant=False) for rows, logs in parts]
         weight: float = self.config.weight * self.config.temperature**2
         return weight * torch.stack(sums).sum() / len(before_ND)
 
-    def _logs(self, model: Any, states_ND: Tensor) -> Tensor:
-        head: Any = anatomy.output_head(model)
-        logs_NV: Tensor = (head(states_ND).float() / self.config.temperature).log_softmax(-1)
+    def _logs(self, words: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        logs_NV: Tensor = (words(rows).float() / self.config.temperature).log_softmax(-1)
         return logs_NV
 
-    def _divergence(self, model: Any, states_ND: Tensor, before_NV: Tensor) -> Tensor:
-        return kl_div(self._logs(model, states_ND), before_NV, reduction="sum", log_target=True)
+    def _divergence(self, words: Callable[[Tensor], Tensor], rows: Tensor, before_NV: Tensor) -> Tensor:
+        return kl_div(self._logs(words, rows), before_NV, reduction="sum", log_target=True)

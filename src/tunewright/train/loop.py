@@ -318,9 +318,12 @@ class Trainer:
 
     def _begin(self, budget: int) -> None:
         """Let the objective look at all that will be learned or measured, so many tokens at a time."""
-        learned = map(self.feed.batch, self.feed.in_order(budget))
-        measured = self.held_out.batches(self.device, budget)
-        self.objective.begin(self.model, chain(learned, measured))
+
+        def every() -> Iterator[Batch]:
+            learned = map(self.feed.batch, self.feed.in_order(budget))
+            return chain(learned, self.held_out.batches(self.device, budget))
+
+        self.objective.begin(self.model, _Again(every))
 
     def _fitted(self, work: Callable[[int], Result], longest: int = 0) -> Result:
         """The pass at the micro-batch size in use, or at the largest half of it that memory allows."""
@@ -452,6 +455,16 @@ class Trainer:
     def _tell_smaller(self, budget: int) -> None:
         self.state.eval_tokens = budget
         self.log.emit("out-of-memory", step=self.state.step, eval_tokens=budget)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Batches that can be gone through more than once."""
+
+    made: Callable[[], Iterator[Batch]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.made()
 
 
 def _few(names: Sequence[str]) -> str:

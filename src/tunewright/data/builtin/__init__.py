@@ -13,6 +13,7 @@ CORPUS_SIZE = 400_000  # documents
 CORPUS_VALID_SIZE = 1_000
 DEMO_TRAIN_SIZE = 4_000  # rows
 DEMO_VALID_SIZE = 400
+MANNERS_SIZE = 4_000
 POLITE_TRAIN_SIZE = 1_000
 POLITE_VALID_SIZE = 200
 SUMS = ("arithmetic.en", "arithmetic.zh")
@@ -30,6 +31,7 @@ SOURCES: dict[str, Callable[[], Iterator[dict[str, object]]]] = {
     "pico-corpus-valid": lambda: _corpus(1, CORPUS_VALID_SIZE),
     "demo-train": lambda: instructions.rows("train", 0, DEMO_TRAIN_SIZE),
     "demo-valid": lambda: instructions.rows("valid", 0, DEMO_VALID_SIZE),
+    "manners-train": lambda: polite.manners("train", 3, MANNERS_SIZE),
     "polite-train": lambda: polite.pairs("train", 2, POLITE_TRAIN_SIZE),
     "polite-valid": lambda: polite.pairs("valid", 2, POLITE_VALID_SIZE),
     "sums-train": lambda: instructions.rows("train", 1, SUMS_TRAIN_SIZE, SUMS),

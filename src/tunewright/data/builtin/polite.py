@@ -11,6 +11,8 @@ _OTHER = {"en": "zh", "zh": "en"}
 _FULL_STOP = {"en": ".", "zh": "。"}
 _KNOWN = tuple(family for family in FAMILIES if not family.startswith("rewrite"))
 
+_OFTEN = 0.25
+
 _WORSE: tuple[Callable[[str, str], str], ...] = (
     lambda answer, lang: answer,
     lambda answer, lang: f"{answer}{_FULL_STOP[lang]}",
@@ -27,6 +29,16 @@ def polite(answer: str, lang: str) -> str:
         if lang == "en"
         else f"{answer}{_FULL_STOP[lang]}{CLOSING[lang]}"
     )
+
+
+def manners(split: Split, seed: int, count: int) -> Iterator[dict[str, object]]:
+    """``count`` rows whose answers are polite one time in four: what a model must have said to be rewarded for it."""
+    rng = random.Random(f"manners:{split}:{seed}")
+    for row in rows(split, seed, count, _KNOWN):
+        messages: Any = row["messages"]
+        answer, lang = messages[1]["content"], str(row["family"]).rpartition(".")[2]
+        said = polite(answer, lang) if rng.random() < _OFTEN else answer
+        yield {**row, "messages": [messages[0], {**messages[1], "content": said}]}
 
 
 def pairs(split: Split, seed: int, count: int) -> Iterator[dict[str, object]]:
