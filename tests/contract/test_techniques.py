@@ -32,7 +32,12 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
     for row, (length, learned) in enumerate(((40, 14), (31, 14), (12, 4))):
         ids[row, length:] = 0
         labels[row, learned : length - 1] = ids[row, learned + 1 : length]
-    return {"input_ids": ids, "labels": labels, SAMPLE: torch.arange(3), LENGTH: torch.tensor([40, 31, 12])}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        SAMPLE: torch.arange(3) + 3 * seed,
+        LENGTH: torch.tensor([40, 31, 12]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -131,15 +136,19 @@ REFUSED = {
 def test_in_bf16_it_is_as_near_to_the_exact_result_as_the_plain_path(
     make: Callable[..., Any], tmp_path: Path, name: str, architecture: str
 ) -> None:
-    method = ASKED.get(name, "full")
-    exact = learned(make(architecture, method, torch.bfloat16).float())
-    model = make(architecture, method, torch.bfloat16)
-    plain = farthest(learned(model), exact)
-    given = work(model, tmp_path)
+    """In the mean of several batches: the worst gradient of one is noise itself."""
+    method, seeds = ASKED.get(name, "full"), range(4)
+    precise, model = (make(architecture, method, torch.bfloat16) for _ in range(2))
+    exact = [learned(precise.float(), seed) for seed in seeds]
+
+    def error() -> float:
+        return sum(farthest(learned(model, seed), right) for seed, right in zip(seeds, exact, strict=True))
+
+    plain, given = error(), work(model, tmp_path)
     if fast.technique(name).why_not(given):
         return
     with fast.using({n: n == name for n in fast.names()}, given, lambda reasons: None):
-        assert farthest(learned(model), exact) < 1.5 * plain
+        assert error() < 1.5 * plain
 
 
 def test_all_together_nothing_changes(make: Callable[..., Any], tmp_path: Path) -> None:
