@@ -19,6 +19,8 @@ _LEAST = 512
 _SIZES = 4
 _ROUNDS = 2
 """A size's first try makes kernels and takes memory that the next finds there: its fastest counts."""
+_TRIAL = 2
+"""Counts up when sizes are tried another way: what was found by the old one is forgotten."""
 _SHARE = 0.05
 """Of the steps, at most, that trying may cost."""
 
@@ -66,7 +68,7 @@ def _sizes(work: Work) -> list[int]:
 
 
 def _place(work: Work) -> Path:
-    model, parts = work.model, [work.portion.whole, machine.identity(), machine.versions()]
+    model, parts = work.model, [_TRIAL, work.portion.whole, machine.identity(), machine.versions()]
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
     return cache_folder() / "micro-batch" / f"{store.sha256_json([shapes, parts])}.json"
 
