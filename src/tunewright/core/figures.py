@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_OTHERS = ("loss", "perplexity", "count", "exact_match")
+_OTHERS = ("loss", "perplexity", "count", "exact_match", "kl")
 _SHARES = ("accuracy", "precision", "recall", "f1", "ended", "clipped")
 NAMES = {
     "reward": "mean reward", "accuracy": "accuracy", "f1": "F1", "margin": "margin", "divergence": "divergence",
