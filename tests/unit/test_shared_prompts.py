@@ -152,3 +152,12 @@ def test_a_run_learns_the_same(tiny_model_folder: Path, tmp_path: Path, objectiv
         ]
         assert ("shared_prompts" in run.results["stages"][0]["fast"]) is on
     assert found[True] == pytest.approx(found[False], rel=1e-4, abs=1e-6)
+
+
+def test_attention_that_is_not_plain_is_refused_and_not_computed_wrongly() -> None:
+    model, given = make(), group(*PAIRS)
+    with SharedPrompts().on(work(model, given)):
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        with pytest.raises(ValueError, match="only where attention is plain"):
+            learn(model, given)

@@ -78,12 +78,17 @@ def attention(
     """Transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D].
 
     Samples that follow one another in one row have their ends in ``cu_seq_lens_q``, and what they share of others in
-    ``prefixes``. What is not plain causal attention
-    in training goes to the plain implementation; its mask keeps such samples apart, too.
+    ``prefixes``. What is not plain causal attention in training goes to the plain implementation; its mask keeps such
+    samples apart, too.
+
+    Raises:
+        ValueError: samples share tokens, and attention is not plain: no mask of the plain implementation says that.
     """
     more = dropout or any(others.get(name) is not None for name in ("position_bias", "softcap"))
     scale = scaling or query.shape[3] ** -0.5
     if others.get("prefixes") is not None:
+        if more:
+            raise ValueError("samples share what they begin with only where attention is plain")
         return _shared_attention.attention(
             query, key, value, others["cu_seq_lens_q"], others["prefixes"], scale
         ), None

@@ -54,10 +54,15 @@ def words(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 def _ends_with_head(model: Any, batch: Batch) -> bool:
+    """Found out once, by all of the batch that is announced, and without drawing: a run that goes on finds out again."""
     if _ENDS not in vars(model):
-        some = {name: x[:1] for name, x in batch.items()}
-        with torch.no_grad():
-            vars(model)[_ENDS] = comes_last(model, some)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                vars(model)[_ENDS] = comes_last(model, batch)
+        finally:
+            model.train(was_training)
     found: bool = vars(model)[_ENDS]
     return found
 

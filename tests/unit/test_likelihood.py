@@ -1,0 +1,42 @@
+"""What a model makes of tokens, looked at without changing what it makes of the next."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunewright.models import likelihood
+from tunewright.models.announce import announced, listening
+
+
+def batch() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    ids_BT = torch.randint(5, 100, (3, 9))
+    return {"input_ids": ids_BT, "labels": torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)}
+
+
+def test_a_model_that_was_looked_at_before_draws_the_same_dropout(make_model: Any) -> None:
+    """A run that goes on finds out anew where its model ends, in another step than the run that was not stopped."""
+    model = make_model().train()
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda m, args, out: torch.nn.functional.dropout(out, 0.5, m.training)
+    )
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append(likelihood.words(model, batch())[0])
+    assert torch.equal(*found)
+    assert model.training
+
+
+def test_what_listens_hears_of_the_rows_that_go_through(make_model: Any) -> None:
+    class Listener:
+        batch: Any = {}
+
+    model, listener, seen = make_model(), Listener(), []
+    model.model.register_forward_hook(
+        lambda m, args, out: seen.append((len(out[0]), len(listener.batch["input_ids"])))
+    )
+    with listening(model, listener), announced(model, batch()):
+        likelihood.words(model, batch())
+    assert seen == [(3, 3), (3, 3)]
