@@ -35,7 +35,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "how": "## What is measured\n\n"
         "- Every system gets the same model folder, the same rows and the same chat template, learns the same answers "
         "(prompts are not learned), and has the same learning rate and epochs. Nothing is evaluated during a run. Batches are each system's own, 8 rows "
-        "for the peers and 4,096 tokens for Tunewright (1,280, as many as eight rows, on workload e), so the number of updates "
+        "for the peers and 4,096 tokens for Tunewright (768 on workload e, where eight rows have 1,270), so the number of updates "
         "differs, and with it the loss.\n"
         "- **Tokens/s** counts tokens without padding over the whole job, from the start of the process to the saved "
         "adapter or model, all imports, tokenization and compilation included. Caches are {caches}. **Steady** is the "
@@ -87,7 +87,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "none": "还没有数据：先 `make bench-peers`，再在空闲的机器上 `make bench`。",
         "how": "## 测量方法\n\n"
         "- 所有系统使用同一个模型目录、同样的数据行和同一个对话模板，学习同样的回答（不学习提问），学习率与轮数相同；运行中不做评测。"
-        "批大小是各系统自己的：对比系统为 8 行，Tunewright 为 4096 个词元（workload e 为 1280 个，与 8 行相当），因此更新次数不同，损失也随之不同。\n"
+        "批大小是各系统自己的：对比系统为 8 行，Tunewright 为 4096 个词元（workload e 为 768 个，8 行约为 1270 个），因此更新次数不同，损失也随之不同。\n"
         "- **词元/秒**：不计填充的词元数除以整个任务的时间，从进程启动到适配器或模型保存完毕，包括导入、分词和编译。缓存：{caches}。"
         "**稳态**：除第一步之外所有优化器步的速度。\n"
         "- **首步**：第一个优化器步开始前的时间。**峰值内存**：进程树的最高常驻内存；在 GPU 上为其保留的显存。\n"

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,22 @@ TALKS: tuple[Talk, ...] = (
     ("Spell cat.", "C, a, t."),
     ("Who are you?", "A small model, made for tests."),
 )
+
+
+def _seed() -> None:
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture draws does not depend on the tests before it; nor, below, what a test draws."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    _seed()
 
 
 @pytest.fixture(scope="session", autouse=True)

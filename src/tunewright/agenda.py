@@ -7,7 +7,7 @@ from typing import Literal
 
 from tunewright import drifts
 from tunewright.core.errors import Problem, RecipeError, nearest
-from tunewright.jobs import Job
+from tunewright.drifts import Work
 
 Action = Literal["reuse", "go on", "run", "run anew", "leave"]
 OLDER = "older"
@@ -18,14 +18,14 @@ OLDER = "older"
 class Task:
     """One stage and what becomes of it."""
 
-    job: Job
+    work: Work
     action: Action
     why: str
 
     @property
     def name(self) -> str:
         """The stage's."""
-        return self.job.stage.name
+        return self.work.name
 
     @property
     def is_work(self) -> bool:
@@ -54,32 +54,27 @@ class Wish:
 
 
 def tasks(
-    folder: Path, todo: Sequence[Job], drift: drifts.Drift, wish: Wish, insists: bool = False
+    folder: Path, todo: Sequence[Work], drift: drifts.Drift, wish: Wish, insists: bool = False
 ) -> list[Task]:
     """Every stage in order. A changed one is made anew, unless the user ``insists`` on going on with it.
 
     Raises:
         RecipeError: a stage was wished for that there is not, or that needs one that is not made.
     """
-    wish.check([job.stage.name for job in todo])
+    wish.check([work.name for work in todo])
     made: dict[str, Task] = {}
-    for job in todo:
-        changes = [p for p in drift.get(job.stage.name, []) if not drifts.is_tolerated(p)]
-        at = folder / "stages" / job.stage.name
-        made[job.stage.name] = Task(
-            job,
-            *_what(
-                job, at, [made[name] for name in job.needs if name in made], wish, [] if insists else changes
-            ),
-        )
+    for work in todo:
+        changes = [p for p in drift.get(work.name, []) if not insists and not drifts.is_tolerated(p)]
+        ground = [made[name] for name in work.needs if name in made]
+        made[work.name] = Task(work, *_what(work, folder / "stages" / work.name, ground, wish, changes))
     _check_ground(made)
     return list(made.values())
 
 
 def _what(
-    job: Job, at: Path, ground: Sequence[Task], wish: Wish, changes: Sequence[Problem]
+    work: Work, at: Path, ground: Sequence[Task], wish: Wish, changes: Sequence[Problem]
 ) -> tuple[Action, str]:
-    name, finished, begun = job.stage.name, (at / "metrics.json").exists(), (at / drifts.INPUTS).exists()
+    name, finished, begun = work.name, (at / "metrics.json").exists(), (at / drifts.INPUTS).exists()
     if wish.only and name != wish.only:
         return ("reuse", "finished") if finished and not changes else ("leave", "not asked for")
     anew: Action = "run anew" if begun else "run"
@@ -96,7 +91,7 @@ def _what(
 
 def _check_ground(made: dict[str, Task]) -> None:
     for task in made.values():
-        for below in (made[name] for name in task.job.needs if task.is_work and name in made):
+        for below in (made[name] for name in task.work.needs if task.is_work and name in made):
             if below.action == "leave":
                 what = (
                     f"stage {task.name!r} uses {below.name!r}, of which there is no result that is up to date"

@@ -7,9 +7,9 @@ from typing import Any
 
 from tunewright.core import journal, lock, machine, store
 from tunewright.core.errors import DamagedError, Problem, UserError
+from tunewright.core.machine import available_memory
 from tunewright.core.units import human_bytes
 from tunewright.drifts import INPUTS
-from tunewright.models.inspect import available_memory
 from tunewright.train import ledger
 from tunewright.train.checkpoint import best_of, step_of
 

@@ -1,12 +1,11 @@
 """What changed since a run folder was begun: each difference by name, old -> new."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tunewright.core import store
 from tunewright.core.errors import DamagedError, DriftError, Problem
-from tunewright.jobs import Job
 
 INPUTS = "inputs.json"
 _HISTORY = "drift.json"
@@ -18,9 +17,25 @@ _TOLERATED = "machine"
 """A run may move to another machine: the numbers differ in their last bits then, which is told, not refused."""
 
 
-def between(folder: Path, todo: Iterable[Job], allow: bool) -> Drift:
+class Work(Protocol):
+    """What a run is made of: a stage, or the measurement of all."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder among the stages'."""
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """Names of the work whose results it uses."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that decides its outcome."""
+
+
+def between(folder: Path, todo: Iterable[Work], allow: bool) -> Drift:
     """By stage, all that differs from what the folder was begun with. DriftError unless it is allowed."""
-    found = {job.stage.name: _of_stage(folder / "stages" / job.stage.name, job) for job in todo}
+    found = {work.name: _of_stage(folder / "stages" / work.name, work) for work in todo}
     begun = [path.parent.name for path in sorted(folder.glob(f"stages/*/{INPUTS}"))]
     what = "the run was begun with a stage of this name, now it has none"
     gone = [Problem(f"{name}: stages", what, _FIX) for name in begun if name not in found]
@@ -52,22 +67,22 @@ def history(at: Path, new: Iterable[Problem]) -> list[str]:
     return list(dict.fromkeys([*known, *told(new)]))
 
 
-def remember(at: Path, job: Job, differences: list[str]) -> None:
+def remember(at: Path, work: Work, differences: list[str]) -> None:
     """Keep what the stage goes on with, from now on what a drift is measured from, and what differed until now."""
     if differences:
         store.write_record(at / _HISTORY, {"differences": differences})
-    store.write_record(at / INPUTS, job.inputs)
+    store.write_record(at / INPUTS, work.inputs)
 
 
-def _of_stage(at: Path, job: Job) -> list[Problem]:
+def _of_stage(at: Path, work: Work) -> list[Problem]:
     path = at / INPUTS
     if not path.exists() and not (at / "checkpoints").exists():
         return []
     try:
-        return _differences(job.stage.name, store.read_record(path), job.inputs)
+        return _differences(work.name, store.read_record(path), work.inputs)
     except DamagedError as error:
         what = f"{error}, so nothing tells whether the inputs are the same"
-        return [Problem(f"{job.stage.name}: {INPUTS}", what, _FIX)]
+        return [Problem(f"{work.name}: {INPUTS}", what, _FIX)]
 
 
 def _differences(stage: str, old: Any, new: Any, at: str = "") -> list[Problem]:

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from tunewright import catalogue, methods, objectives
+from tunewright.comparison import Questions
 from tunewright.compress import merge as merging
 from tunewright.core import plugins
-from tunewright.core.errors import DataError, ModelError, Problem
+from tunewright.core.errors import ModelError, Problem
 from tunewright.data import builtin, formats, prepare
 from tunewright.data import lint as linting
 from tunewright.data.lint import LintReport, Tally
 from tunewright.data.rows import Row, Source
 from tunewright.data.template import ChatCodec, template_names
-from tunewright.evaluate.harness import Examination
 from tunewright.models.load import BUILTIN, find, load_tokenizer
 from tunewright.objectives import Objective
 from tunewright.recipes import DataConfig, EvaluateConfig, plugin_config
@@ -61,27 +61,12 @@ def evaluate(model: str, paths: Sequence[str], limit: int = 400, max_new_tokens:
              template: str = "auto") -> Tree:  # fmt: skip
     """Scores of a run, adapter or model on the rows of these files: conversations are answered, too."""
     speaker = speakers.load(model, template=template)
-    data = DataConfig.model_validate({"train": paths, "valid": paths})
-    name = "sft" if _has_conversations(data) else "pretrain"
-    objective = _objective(name, speaker.codec)
-    if objective.wants != "texts":
-        speaker.codec.require_template()
-    preparation = prepare.Preparation(objective.encode, speaker.codec.key() | {"objective": name}, "stop")
-    samples, _ = prepare.mixture(preparation, data, seed=0)
-    rows = prepare.held_out_rows(data, limit) if name == "sft" else []
-    config = EvaluateConfig(limit=limit, max_new_tokens=max_new_tokens)
-    scores = Examination(objective, speaker.codec, samples, rows, config).take(speaker.model)
+    files = DataConfig.model_validate({"train": paths}).train
+    questions = Questions(files, EvaluateConfig(limit=limit, max_new_tokens=max_new_tokens))
+    exam = questions.exam(speaker)
+    scores = exam.take(speaker.model)
     scores.pop("answers", None)
-    return {"model": model, "data": list(paths), "samples": len(samples), **scores}
-
-
-def _has_conversations(data: DataConfig) -> bool:
-    """Whether the first good row is a conversation. DataError if no row is good."""
-    for source in prepare.sources(data.valid):
-        for row in formats.read(source):
-            if isinstance(row, Row):
-                return bool(row.messages)
-    raise DataError(Problem("--data", "no row can be read", "see tunewright lint"))
+    return {"model": model, "data": list(paths), "samples": len(exam.samples), **scores}
 
 
 def score_lines(scores: Tree) -> list[str]:

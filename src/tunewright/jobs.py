@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tunewright import methods, objectives, optimizers, regularizers
+from tunewright import comparison, methods, objectives, optimizers, regularizers
 from tunewright.core import machine, store
 from tunewright.core.errors import HardwareError, ModelError, Problem, UserError, nearest
 from tunewright.core.paths import folder_to_make
@@ -75,6 +75,11 @@ class Job:
     """The job whose result this one starts from."""
 
     @property
+    def name(self) -> str:
+        """The stage's."""
+        return self.stage.name
+
+    @property
     def earlier(self) -> str:
         """The earlier stage whose result this one starts from, or an empty string."""
         return self.parent.stage.name if self.parent else ""
@@ -84,7 +89,7 @@ class Job:
         """The earlier stages whose results this one uses."""
         return [
             *([self.earlier] if self.earlier else []),
-            *(job.stage.name for job in self.asked_stages.values()),
+            *(job.name for job in self.asked_stages.values()),
         ]
 
     @cached_property
@@ -127,6 +132,7 @@ def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[
         job = _job(stage, jobs, progress, found)
         if job:
             jobs[stage.name] = job
+    found += comparison.problems(recipe, {name: job.codec for name, job in jobs.items()})
     if found:
         raise UserError(dict.fromkeys(found))
     return list(jobs.values())
@@ -278,7 +284,7 @@ def _memory(stage: Stage, source: ModelSource, method: methods.Method, shape: An
     if method.folder == "model":
         trained = 16 * method.at_once(shape) / count  # fp32 master, two moments, gradient
     held = method.base_bytes if stage.precision == "bf16" or method.base_bytes < 2 else 4
-    need, free = int(count * (held + trained)), inspect.available_memory()
+    need, free = int(count * (held + trained)), machine.available_memory()
     if need <= free:
         return []
     what = f"{source.name} needs at least {human_bytes(need)} of memory, {human_bytes(free)} is free"

@@ -6,7 +6,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tunewright import agenda, doctor, drifts, jobs, methods, recipes
+from tunewright import agenda, comparison, doctor, drifts, jobs, methods, recipes
+from tunewright.comparison import Comparison
 from tunewright.core import events, lock, machine, paths, store
 from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
 from tunewright.core.units import peak_memory_bytes
@@ -43,12 +44,32 @@ def load(source: Source, overrides: Iterable[str] | Mapping[str, Any] = ()) -> R
 
 def plan(recipe: Recipe, wish: agenda.Wish = NO_WISH, allow_drift: bool = False) -> list[agenda.Task]:
     """What :func:`run` would do, and why. Nothing is written but token tables."""
-    folder, todo = paths.given(recipe.output, "output"), jobs.check(recipe)
+    folder, todo = paths.given(recipe.output, "output"), _todo(recipe)
     return _agenda(folder, todo, wish, allow_drift)[0]
 
 
+def _foreign_code(recipe: Recipe) -> list[events.Event]:
+    """Code of others that this run executes, each once."""
+    models = [stage.model for stage in recipe.stages if stage.trust_remote_code]
+    models += recipe.eval.models if recipe.eval and recipe.eval.trust_remote_code else ()
+    rewards = [name for stage in recipe.stages for name in stage.objective.get("rewards", ())]
+    rewards += [name for part in (*recipe.stages, recipe.eval) if part for name in part.evaluate.rewards]
+    files = (name.rpartition(":")[0] for name in rewards if ".py:" in name)
+    return [
+        *({"kind": "remote-code", "model": model} for model in dict.fromkeys(models)),
+        *({"kind": "own-code", "file": file} for file in dict.fromkeys(files)),
+    ]
+
+
+def _todo(recipe: Recipe, progress: jobs.Progress = lambda name, rows: None) -> list[drifts.Work]:
+    """All that the recipe asks for, checked."""
+    stages = jobs.check(recipe, progress)
+    last = comparison.of(recipe, {job.name: job for job in stages})
+    return [*stages, *([last] if last else [])]
+
+
 def _agenda(
-    folder: Path, todo: list[Job], wish: agenda.Wish, allow_drift: bool
+    folder: Path, todo: list[drifts.Work], wish: agenda.Wish, allow_drift: bool
 ) -> tuple[list[agenda.Task], drifts.Drift]:
     """A run of one stage is the stage: a change of it is refused. Of several, what changed is made anew."""
     rerun = len(todo) > 1 or bool(wish.start)
@@ -69,13 +90,9 @@ def run(
     run with InterruptedRunError, a full disk with StorageError: what was finished stays.
     """
     with guard.Preemption() as preemption, readers.terminal(quiet) as terminal, ExitStack() as owned:
-        for stage in recipe.stages:
-            if stage.trust_remote_code:
-                terminal({"kind": "remote-code", "model": stage.model})
-            for name in (*stage.objective.get("rewards", ()), *stage.evaluate.rewards):
-                if ".py:" in name:
-                    terminal({"kind": "own-code", "file": name.rpartition(":")[0]})
-        todo = jobs.check(recipe, terminal.preparing)
+        for warning in _foreign_code(recipe):
+            terminal(warning)
+        todo = _todo(recipe, terminal.preparing)
         folder = paths.given(recipe.output, "output")
         owned.enter_context(lock.sole_owner(folder))
         if fresh and _is_begun(folder):
@@ -129,7 +146,9 @@ class _Runner:
                 self._manifest("stopped", reason=type(error).__name__)
             raise
         status = "partial" if any(task.action == "leave" for task in tasks) else "finished"
-        results = {"run": self.folder.name, "status": status, "stages": list(self.results.values())}
+        last = self.results.pop(recipes.EVAL, None)
+        results: Tree = {"run": self.folder.name, "status": status, "stages": list(self.results.values())}
+        results |= {recipes.EVAL: last} if last else {}
         store.write_record(self.folder / "results.json", results)
         report.write(self.folder)
         self._manifest(status)
@@ -144,7 +163,7 @@ class _Runner:
 
     def _stage(self, task: agenda.Task) -> None:
         """Reuse the stage's result if it is whole, else make it."""
-        job, name, at = task.job, task.name, self.folder / "stages" / task.name
+        work, name, at = task.work, task.name, self.folder / "stages" / task.name
         self.log.context = {"stage": name}
         if task.action == "leave":
             return
@@ -155,17 +174,23 @@ class _Runner:
             differences = []
         if differences:
             self.log.emit("drift", differences=drifts.told(differences))
-        made = self._made(job, at) if all(map(drifts.is_tolerated, differences)) else None
-        self.results[name] = made or self._make(job, at, drifts.history(at, differences))
+        made = self._made(work, at) if all(map(drifts.is_tolerated, differences)) else None
+        drifted = drifts.history(at, differences)
+        if isinstance(work, Job):
+            self.results[name] = made or self._make(work, at, drifted)
+        elif isinstance(work, Comparison):
+            self.results[name] = made or self._compare(work, at, drifted)
 
-    def _made(self, job: Job, at: Path) -> Tree | None:
-        """The stage's metrics if it was finished before and every byte is as written."""
-        if not (at / "metrics.json").exists() and not (at / job.method.folder).exists():
+    def _made(self, work: drifts.Work, at: Path) -> Tree | None:
+        """What it found if it was finished before and every byte is as written."""
+        artifact = at / work.method.folder if isinstance(work, Job) else at / "metrics.json"
+        if not (at / "metrics.json").exists() and not artifact.exists():
             return None
         try:
-            store.verify(at / job.method.folder)
             made = store.read_record(at / "metrics.json")
-            ledger.check(at / "samples.jsonl", made["train"]["steps"])
+            if isinstance(work, Job):
+                store.verify(artifact)
+                ledger.check(at / "samples.jsonl", made["train"]["steps"])
         except DamagedError as error:
             self.log.emit("damaged", what=str(error))
             return None
@@ -186,6 +211,18 @@ class _Runner:
         metrics = _StageRun(job, at, self.log, drifted, self.preemption).run(begun)
         store.write_record(at / "metrics.json", metrics)
         return metrics
+
+    def _compare(self, last: Comparison, at: Path, drifted: list[str]) -> Tree:
+        drifts.remember(at, last, drifted)
+
+        def progress(model: str, done: int, of: int) -> None:
+            self.log.emit("answering", when=model, done=done, of=of)
+
+        found = last.make(self.folder, progress)
+        for row in found["rows"]:
+            self.log.emit("measure", when=row["model"], **row)
+        store.write_record(at / "metrics.json", found)
+        return found
 
     def _result_of(self, job: Job) -> ModelSource:
         """The earlier stage's model; an adapter is merged and saved as this stage's base."""

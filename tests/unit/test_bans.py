@@ -76,7 +76,8 @@ def faults(node: ast.AST, known: dict[str, str]) -> Iterator[str]:
     for name in imported(node):
         if name.partition(".")[0] in MODULES or name in CALLS:
             yield f"imports {name}"
-    if isinstance(node, ast.Name) and known.get(node.id, node.id) in NAMES:
+    is_read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)  # a field may be called eval
+    if is_read and known.get(node.id, node.id) in NAMES:
         yield f"uses {node.id}"
     if isinstance(node, ast.Attribute) and dotted(node, known) in CALLS:
         yield f"uses {dotted(node, known)}"

@@ -23,7 +23,7 @@ from tunewright.fast.micro_batch import MicroBatch
 from tunewright.models.announce import listening
 from tunewright.recipes import load
 
-TECHNIQUES = {"attention", "checkpointing", "compile", "cross_entropy", "frozen_layers", "lora_linear",
+TECHNIQUES = {"arena", "attention", "checkpointing", "compile", "cross_entropy", "frozen_layers", "lora_linear",
               "micro_batch", "offload", "packing", "process", "shared_prompts"}  # fmt: skip
 
 
@@ -401,3 +401,22 @@ def test_trying_leaves_no_trace_and_a_killed_run_goes_on_bit_for_bit(
     given = {**BY_TRYING, "micro_tokens": 1024}
     make_trainer(folder="given", **given).run()
     assert losses(tmp_path, "given") == pytest.approx(losses(tmp_path, "whole"), abs=1e-5)
+
+
+def test_techniques_look_at_the_shortest_rows_without_their_padding() -> None:
+    batch = {
+        "input_ids": torch.arange(24).view(4, 6), "length": torch.tensor([6, 2, 5, 3]),
+        "pairs": torch.tensor([1.0, 2.0]), "labels": torch.arange(24).view(4, 6) + 100,
+    }  # fmt: skip
+    seen: list[dict[str, torch.Tensor]] = []
+    model = nn.Linear(2, 2)
+    fast.look(
+        work(model, batch | {fast.LENGTH: batch.pop("length")}),
+        lambda given: seen.append(dict(given)),
+        rows=2,
+    )
+    (given,) = seen
+    assert given["input_ids"].tolist() == [[6, 7, 8], [18, 19, 20]]
+    assert given["labels"].tolist() == [[106, 107, 108], [118, 119, 120]]
+    assert given[fast.LENGTH].tolist() == [2, 3]
+    assert given["pairs"].tolist() == [1.0, 2.0]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tunewright.core import machine
 from tunewright.core.errors import ModelError
 from tunewright.models import inspect
 from tunewright.models.load import ModelSource, find, fingerprint, load_model, load_tokenizer
@@ -225,4 +226,4 @@ def test_the_context_length_is_in_the_config(
 
 
 def test_free_memory_is_told_in_bytes() -> None:
-    assert 2**20 < inspect.available_memory() < 2**50
+    assert 2**20 < machine.available_memory() < 2**50

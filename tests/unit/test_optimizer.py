@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from tunewright.core.errors import DriftError
 from tunewright.recipes import TrainConfig
+from tunewright.train import optimizer as optimizer_module
 from tunewright.train.optimizer import Masters
 
 LR = 0.01
@@ -125,6 +127,52 @@ def test_bf16_weights_are_their_masters_rounded() -> None:
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert all(torch.equal(p, masters[name].bfloat16()) for name, p in model.named_parameters())
     assert any(not torch.equal(p.float(), masters[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_masters_at_a_time_move_as_all_together(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the fp32 gradients of a few are all there ever are."""
+    together, in_portions = network(dtype), network(dtype)
+    config = TrainConfig(weight_decay=0.1, clip=0.05)
+    optimizers = Masters(together, config, LR), Masters(in_portions, config, LR)
+    held = []
+    step = optimizers[1]._torch.step
+    monkeypatch.setattr(optimizer_module, "_AT_ONCE", 60)
+    monkeypatch.setattr(optimizers[1]._torch, "step", lambda: (held.append(gradients(optimizers[1])), step()))
+    for x in batches(4):
+        for model, optimizer, keep in zip((together, in_portions), optimizers, (True, False), strict=True):
+            model(x.to(dtype)).float().square().mean().backward()
+            optimizer.gather(2.0)
+            optimizer.step(0.5, keep_gradients=keep)
+    assert equal(together.state_dict(), in_portions.state_dict())
+    assert equal(optimizers[0].state(), optimizers[1].state())
+    assert max(map(len, held)) < len(optimizers[1].masters)
+
+
+def gradients(optimizer: Masters) -> list[str]:
+    return [name for name, master in optimizer.masters.items() if master.grad is not None]
+
+
+def test_what_is_done_after_an_update_sees_gradients_if_they_are_kept() -> None:
+    for keep in (True, False):
+        model = network(torch.bfloat16)
+        optimizer, seen = Masters(model, TrainConfig(), LR), list[bool]()
+        model(next(batches(1)).bfloat16()).square().mean().backward()
+        optimizer.gather()
+        optimizer.step(1.0, partial(look_at_gradients, model, seen), keep)
+        assert seen == [keep] * 6
+
+
+def look_at_gradients(model: nn.Module, seen: list[bool]) -> None:
+    seen += [parameter.grad is not None for parameter in model.parameters()]
+
+
+def test_the_norm_of_a_large_bf16_gradient_is_exact() -> None:
+    gradient = torch.randn(700, 600, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = gradient.double().square().sum().sqrt()
+    assert float(optimizer_module._norm(gradient)) == pytest.approx(float(expected), rel=1e-5)
 
 
 # What is trained

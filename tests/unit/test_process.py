@@ -79,24 +79,6 @@ def test_fewer_threads_that_were_asked_for_stay() -> None:
         torch.set_num_threads(before)
 
 
-def in_huge_pages() -> list[bool]:
-    """Of every part of the heap, whether the system was asked for huge pages there."""
-    asked, heap = [], False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split()[0]:
-            heap = line.endswith("[heap]")
-        elif line.startswith("VmFlags") and heap:
-            asked.append("hg" in line.split())
-    return asked
-
-
-@needs_glibc
-@pytest.mark.skipif(process.huge_pages() != "madvise", reason="huge pages are not to be asked for here")
-def test_the_heap_is_asked_to_be_in_huge_pages() -> None:
-    with Process().on(work(MODEL)):
-        assert any(in_huge_pages())
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tunewright.core import plugins
 from tunewright.core.errors import RecipeError
@@ -419,6 +420,29 @@ def test_the_schema_takes_the_short_forms() -> None:
     schema = schema_json()
     assert {"type": "string"} in schema["properties"]["data"]["anyOf"]
     assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["train"]["anyOf"]
+
+
+def test_the_schema_takes_the_measurement_at_the_end() -> None:
+    schema = schema_json()
+    assert {"const": True} in schema["properties"]["eval"]["anyOf"]
+    assert schema["$defs"]["Eval"]["required"] == []
+    assert schema["$defs"]["Eval"]["properties"]["models"]["description"].startswith("``stage:NAME``")
+
+
+def test_the_measurement_at_the_end_has_what_the_file_says_for_all() -> None:
+    tree = {
+        "model": "builtin:pico", "data": {"train": "a.jsonl", "valid": "b.jsonl", "template": "chatml"},
+        "precision": "fp32", "evaluate": {"limit": 7, "rewards": ["contains"]},
+        "eval": {"evaluate": {"limit": 9}},
+    }  # fmt: skip
+    last = load(tree).eval
+    assert last is not None
+    assert [file.path for file in last.data] == ["b.jsonl"]
+    assert (last.template, last.precision) == ("chatml", "fp32")
+    assert (last.evaluate.limit, last.evaluate.rewards) == (9, ("contains",))
+    assert load({**tree, "eval": True}).eval.evaluate.limit == 7  # type: ignore[union-attr]
+    assert load({**tree, "eval": None}).eval is None
+    assert load(yaml.safe_load(to_yaml(load(tree)))).eval == last
 
 
 def test_options_without_a_name_are_the_default_methods() -> None:

@@ -33,6 +33,21 @@ def cores() -> int:
     return bound
 
 
+def available_memory() -> int:
+    """Bytes of memory that are free for a new process: the machine's, or the container's if that is less."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return min(int(line.split()[1]) * 1024, _cgroup_room())
+    raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def _cgroup_room() -> int:
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return 1 << 62
+    return int(limit.read_text()) - int(used.read_text())
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text()

@@ -13,6 +13,18 @@ _STATUS = Path("/proc/self/status")
 _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+def human_percent(share: float) -> str:
+    """``0.0123`` -> ``'1.2%'``; what is not zero never looks like it."""
+    if 0 < share < 1e-4:
+        return "<0.01%"
+    return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.1%}"
+
+
+def human_perplexity(value: float) -> str:
+    """Two decimals while they tell something."""
+    return f"{value:.2f}" if value < 100 else human_count(value)
+
+
 def human_bytes(count: float) -> str:
     """``1536`` -> ``'1.5 KB'`` (1 KB = 1,024 bytes)."""
     for unit in ("B", "KB", "MB", "GB"):

@@ -14,6 +14,7 @@ from tunewright.core.units import chunks
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Sample
+from tunewright.evaluate.chance import mean_error
 from tunewright.evaluate.metrics import token_f1
 from tunewright.models.generate import Draw, answer, draw
 from tunewright.models.memory import fitting
@@ -57,8 +58,8 @@ class Examination:
             scores |= {**_scores(self.rows, answers), "families": self._families(answers), "answers": answers}
             if self.config.rewards:
                 worth_NR = self.worth(answers)
-                means = zip(self.config.rewards, worth_NR.mean(0).tolist(), strict=True)
-                scores |= {"worth": dict(means)}
+                for name, found_R in (("worth", worth_NR.mean(0)), ("worth_error", mean_error(worth_NR))):
+                    scores[name] = dict(zip(self.config.rewards, found_R.tolist(), strict=True))
         return scores
 
     def worth(self, answers: Sequence[str]) -> np.ndarray:
@@ -115,13 +116,19 @@ class Examination:
         """A few questions with both answers: changed ones of every family first."""
         if "answers" not in after:
             return []
-        shown = [
+        was = before.get("answers", [""] * len(self.rows))
+        both = zip(self.questions(), was, after["answers"], strict=True)
+        return spread(
+            [{**asked, "before": one, "after": other} for asked, one, other in both], self.config.samples
+        )
+
+    def questions(self) -> list[Tree]:
+        """What is asked, for people."""
+        return [
             {"where": row.where, "family": row.family, "prompt": row.messages[-2].content,
-             "reference": row.messages[-1].content, "before": before.get("answers", [""] * len(self.rows))[i],
-             "after": after["answers"][i]}
-            for i, row in enumerate(self.rows)
+             "reference": row.messages[-1].content}
+            for row in self.rows
         ]  # fmt: skip
-        return _spread(shown, self.config.samples)
 
 
 def _scores(rows: Sequence[Row], answers: Sequence[str]) -> Tree:
@@ -132,7 +139,7 @@ def _scores(rows: Sequence[Row], answers: Sequence[str]) -> Tree:
     return {"count": len(pairs), "exact_match": sum(matches) / len(pairs), "f1": sum(f1) / len(pairs)}
 
 
-def _spread(items: list[Tree], count: int) -> list[Tree]:
+def spread(items: list[Tree], count: int) -> list[Tree]:
     """``count`` items, taking each family in turn."""
     families = sorted({item["family"] for item in items})
     queues = [[item for item in items if item["family"] == name] for name in families]

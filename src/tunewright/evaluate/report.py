@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tunewright.core import events, figures, store
 from tunewright.core.answers import exact_match
-from tunewright.core.units import human_bytes, human_count, human_seconds
-from tunewright.evaluate import charts
+from tunewright.core.units import human_bytes, human_count, human_percent, human_perplexity, human_seconds
+from tunewright.evaluate import charts, side_by_side
+from tunewright.evaluate.chance import margin, share_error
 from tunewright.evaluate.charts import Point
+from tunewright.recipes import EVAL
 
 Tree = dict[str, Any]
 _NOTICED = 5e-4
@@ -40,6 +41,7 @@ def write(folder: Path) -> None:
     page = _environment().get_template("report.html.jinja").render(
         run=results["run"], status=results["status"], stages=stages, when=_when(log),
         recipe=_recipe(folder / "recipe.yaml"), folder=shlex.quote(str(folder)),
+        last=side_by_side.table(results[EVAL]) if EVAL in results else None,
     )  # fmt: skip
     store.write_text(folder / "report.html", page.encode("utf-8", "replace").decode())
 
@@ -52,7 +54,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     made.filters |= {
         "size": human_bytes, "short": human_count, "duration": human_seconds, "whole": "{:,}".format,
-        "percent": _percent, "points": _points, "perplexity": _perplexity, "right": _is_right, "figure": figures.shown, "named": _named,
+        "percent": human_percent, "points": _points, "perplexity": human_perplexity, "right": _is_right, "figure": figures.shown, "named": _named,
     }  # fmt: skip
     return made
 
@@ -65,19 +67,8 @@ def _when(log: list[events.Event]) -> str:
     return f"{datetime.fromtimestamp(log[-1]['time'], UTC):%Y-%m-%d %H:%M} UTC" if log else ""
 
 
-def _percent(share: float) -> str:
-    """``0.0123`` -> ``'1.2%'``; what is not zero never looks like it."""
-    if 0 < share < 1e-4:
-        return "<0.01%"
-    return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.1%}"
-
-
 def _points(share: float) -> str:
     return f"{100 * abs(share):.1f}"
-
-
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else human_count(value)
 
 
 def _named(name: str) -> str:
@@ -194,21 +185,19 @@ def _sentences(
 
 
 def _exact_sentences(exact: Change, count: int) -> Iterator[str]:
-    now = f"{_percent(exact.after)} of {count:,} held-out questions are answered exactly right"
+    now = f"{human_percent(exact.after)} of {count:,} held-out questions are answered exactly right"
     if exact.before is None:
         yield f"{now}."
         return
     points = f"{_points(exact.gain)} percentage points"
     words = {"better": f"{points} better", "worse": f"{points} worse", "unchanged": "no change"}
-    yield f"{now}, {_percent(exact.before)} before training: {words[exact.verdict]}."
-    if _NOTICED <= abs(exact.gain) < margin(exact.before, exact.after, count):
+    yield f"{now}, {human_percent(exact.before)} before training: {words[exact.verdict]}."
+    if (
+        _NOTICED
+        <= abs(exact.gain)
+        < margin(share_error(exact.before, count), share_error(exact.after, count))
+    ):
         yield f"With {count:,} questions, a difference this small may be chance."
-
-
-def margin(before: float, after: float, count: int) -> float:
-    """Differences between two shares of ``count`` below this happen by chance (95%, Agresti-Coull)."""
-    shares = [(share * count + 2) / (count + 4) for share in (before, after)]
-    return 1.96 * sqrt(sum(p * (1 - p) / (count + 4) for p in shares))
 
 
 def _worth(before: dict[str, float], after: Tree) -> Iterator[str]:
@@ -217,7 +206,7 @@ def _worth(before: dict[str, float], after: Tree) -> Iterator[str]:
         was = f", {before[name]:.3f} before" if name in before else ""
         won = after.get("wins", {}).get(name)
         against = (
-            f"; {_percent(won)} of answers win against those before (ties count half)"
+            f"; {human_percent(won)} of answers win against those before (ties count half)"
             if won is not None
             else ""
         )

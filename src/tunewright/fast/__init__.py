@@ -6,7 +6,7 @@ A technique changes how a training computes, never what: same loss and gradients
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunewright.core import plugins
 from tunewright.core.words import Words
+from tunewright.data.tokens import LENGTH
 from tunewright.models.announce import announced
 
 Batch = Mapping[str, Tensor]
@@ -56,6 +57,8 @@ class Work:
     """Whether what a sample gives the first block is drawn anew each time."""
     answers: bool = False
     """Whether a batch has several answers to one question."""
+    found: dict[str, bool] = field(default_factory=dict, compare=False)
+    """What was found out by passes of the model, so that no technique makes them again."""
 
     @property
     def device(self) -> torch.device:
@@ -129,11 +132,12 @@ def using(switches: Switches, work: Work, told: Callable[[dict[str, str]], objec
 
 
 def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int = 1) -> None:
-    """Let the first rows go through the model, or through ``compute``, for a technique that watches or compares.
+    """Let the shortest of the first rows go through the model, or through ``compute``, for a technique that watches or
+    compares.
 
     Nothing is learned or random in it.
     """
-    batch = {name: tensor[:rows] for name, tensor in next(work.batches()).items()}
+    batch = _shortest(next(work.batches()), rows)
     training = work.model.training
     work.model.eval()
     try:
@@ -141,3 +145,19 @@ def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int
             compute(batch) if compute else work.model(input_ids=batch["input_ids"], use_cache=False)
     finally:
         work.model.train(training)
+
+
+def _shortest(batch: Batch, rows: int) -> Batch:
+    """So many of its rows, without what pads them only beside longer ones."""
+    if LENGTH not in batch:
+        return {name: tensor[:rows] for name, tensor in batch.items()}
+    shape = batch["input_ids"].shape
+    chosen = batch[LENGTH].argsort(stable=True)[:rows].sort().values
+    longest = int(batch[LENGTH][chosen].max())
+
+    def cut(tensor: Tensor) -> Tensor:
+        if len(tensor) != shape[0]:  # what a batch has of pairs, not of rows
+            return tensor[:rows]
+        return tensor[chosen][:, :longest] if tensor.shape == shape else tensor[chosen]
+
+    return {name: cut(tensor) for name, tensor in batch.items()}

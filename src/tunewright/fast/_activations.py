@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunewright.core.machine import available_memory
 from tunewright.fast import Work
-from tunewright.models.inspect import available_memory
 
 _SHARE = 0.5
 """Of the memory that is free, for what decoder blocks keep: the rest is for logits, the loss, what an

@@ -1,6 +1,7 @@
-"""C++ beside this file, for matrix units that PyTorch's own kernels leave idle: built once on a machine, kept for later.
+"""C++ beside this file, for what PyTorch leaves undone: built once on a machine by its own compiler, kept for later.
 
-Built by the machine's compiler without PyTorch's headers, in about three seconds; called with plain addresses.
+Code for matrix units is called with plain addresses and takes about three seconds; code that includes PyTorch's headers is
+linked with it, and built anew for another version.
 """
 
 import ctypes
@@ -9,14 +10,17 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from tunewright.core.paths import cache_folder
 
 _UNITS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-mfma",
-          *(f"-m{unit.replace('avx512_', 'avx512').replace('_', '-')}" for unit in _UNITS))  # fmt: skip
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp")
+_UNIT_FLAGS = ("-mfma", *(f"-m{unit.replace('avx512_', 'avx512').replace('_', '-')}" for unit in _UNITS))
 _LIBRARIES = ("-lstdc++", "-lm")
 """Which a C++ compiler adds by itself and a C compiler does not: $CXX may name one."""
 _CPU = Path("/proc/cpuinfo")
@@ -39,8 +43,9 @@ def cpu_flags() -> set[str]:
 @cache
 def why_not(name: str) -> str:
     """Why the code of that name cannot be run here; empty if it can. It is built for that."""
-    if platform.system() != "Linux" or not cpu_flags().issuperset(_UNITS):
-        return "the processor has no bf16 matrix units"
+    needed = _UNITS if _source(name).needs_units else ()
+    if platform.system() != "Linux" or not cpu_flags().issuperset(needed):
+        return "the processor has no bf16 matrix units" if needed else "it is for Linux"
     if compiler() is None:
         return "there is no C++ compiler"
     try:
@@ -63,20 +68,56 @@ def library(name: str) -> ctypes.CDLL:
         subprocess.CalledProcessError: the compiler refuses it.
         OSError: it cannot be written or loaded.
     """
-    source = Path(__file__).with_name(f"{name}.cpp")
-    parts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    version = hashlib.sha256(b"".join(parts) + " ".join(_FLAGS + _LIBRARIES).encode()).hexdigest()
-    built = cache_folder() / "native" / f"{name}-{version[:16]}.so"
+    source = _source(name)
+    built = cache_folder() / "native" / f"{name}-{source.version()[:16]}.so"
     if not built.exists():
         _build(source, built)
     return ctypes.CDLL(str(built))
 
 
-def _build(source: Path, to: Path) -> None:
+@dataclass(frozen=True)
+class _Source:
+    """A file of code; what it includes tells what it needs."""
+
+    path: Path
+    text: str
+
+    @property
+    def needs_units(self) -> bool:
+        """Whether it is written for matrix units."""
+        return '"_vectors.h"' in self.text
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether it is linked with PyTorch's core."""
+        return "<c10/" in self.text
+
+    def version(self) -> str:
+        """Of all that decides what is built."""
+        parts = [path.read_bytes() for path in (self.path, *sorted(self.path.parent.glob("*.h")))]
+        words = " ".join([torch.__version__ if self.needs_torch else "", *self.flags(), *_LIBRARIES])
+        return hashlib.sha256(b"".join(parts) + words.encode()).hexdigest()
+
+    def flags(self) -> tuple[str, ...]:
+        """For the compiler."""
+        flags = _FLAGS + (_UNIT_FLAGS if self.needs_units else ())
+        if not self.needs_torch:
+            return flags
+        where = Path(torch.__file__).parent
+        linked = (f"-L{where / 'lib'}", "-lc10", f"-Wl,-rpath,{where / 'lib'}")
+        return (*flags, f"-isystem{where / 'include'}", *linked)
+
+
+def _source(name: str) -> _Source:
+    path = Path(__file__).with_name(f"{name}.cpp")
+    return _Source(path, path.read_text(encoding="utf-8"))
+
+
+def _build(source: _Source, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_suffix(f".{os.getpid()}")  # two processes may build at once; the last one's file stays
     try:
-        command = [str(compiler()), *_FLAGS, str(source), "-o", str(partial), *_LIBRARIES]
+        command = [str(compiler()), str(source.path), "-o", str(partial), *source.flags(), *_LIBRARIES]
         subprocess.run(  # noqa: S603 - the compiler that the user has
             command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS
         )

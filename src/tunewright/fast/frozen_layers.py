@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunewright.core.machine import available_memory
 from tunewright.core.units import human_bytes
 from tunewright.core.words import Words
 from tunewright.fast import Batch, Technique, Work, look
@@ -20,7 +21,6 @@ from tunewright.fast._kept_states import KeptStates
 from tunewright.fast._lower_blocks import LowerBlocks, decoder, frozen, samples_seen, states
 from tunewright.models import anatomy
 from tunewright.models.announce import ROUTER
-from tunewright.models.inspect import available_memory
 
 _MEMORY_SHARE, _DISK_SHARE = 0.25, 0.5
 """Of what is free. The rest is for training itself, and for its checkpoints."""

@@ -141,9 +141,10 @@ class _Group:
         """All frozen weights side by side in one matrix [N, inputs + R]; the layers' own are views of it."""
         rank = sum(len(down) for down in self.downs)
         first = self.layers[0].base_layer.weight
-        self.joint_NK = torch.zeros(
+        self.joint_NK = torch.empty(
             sum(self.sizes), self.inputs + rank, dtype=first.dtype, device=first.device
         )
+        self.joint_NK[:, self.inputs :] = 0
         row, column = 0, self.inputs
         self._slots: list[Tensor] = []
         self._rows: list[Tensor] = []
@@ -154,7 +155,10 @@ class _Group:
             self._slots.append(own[:, column : column + up.shape[1]])
             self._rows.append(own[:, : self.inputs])
             row, column = row + len(up), column + up.shape[1]
-        self._squares = [_exact(weight).square().sum(1) for weight in self._rows]
+        self._squares = [
+            None if magnitude is None else _exact(weight).square().sum(1)
+            for magnitude, weight in zip(self.magnitudes, self._rows, strict=True)
+        ]
 
     def refresh(self) -> None:
         """Put B, times its scale, beside W; what did not change may be needed by a backward pass as it is."""
@@ -165,18 +169,18 @@ class _Group:
             scaled = up * scale
             if not torch.equal(slot, scaled):
                 slot.copy_(scaled)
-        for place, norm in enumerate(self.norms):
-            if norm is not None:
-                found = self._norm(place)
+        for place, (norm, squares_N) in enumerate(zip(self.norms, self._squares, strict=True)):
+            if norm is not None and squares_N is not None:
+                found = self._norm(place, squares_N)
                 if not torch.equal(norm, found):
                     norm.copy_(found)
 
-    def _norm(self, place: int) -> Tensor:
-        """Of each row of W + sBA [N]."""
+    def _norm(self, place: int, squares_N: Tensor) -> Tensor:
+        """Of each row of W + sBA [N]; ``squares_N`` are those of W."""
         down, up, scale = _exact(self.downs[place]), _exact(self.ups[place]), self.scales[place]
         crossed_N = (_exact(self._rows[place] @ self.downs[place].t()) * up).sum(1)
         added_N = (up @ (down @ down.t()) * up).sum(1)
-        return (self._squares[place] + 2 * scale * crossed_N + scale**2 * added_N).sqrt()
+        return (squares_N + 2 * scale * crossed_N + scale**2 * added_N).sqrt()
 
     def _member(self, place: int) -> Any:
         plain = self.layers[place].forward
@@ -211,6 +215,7 @@ class _Group:
             del layer.forward
             own = layer.base_layer.weight.data
             layer.base_layer.weight.data = own.clone(memory_format=torch.contiguous_format)
+        del self.joint_NK, self._slots, self._rows  # the next group's weights may lie there
 
 
 def _magnitude(layer: Any, name: str) -> Tensor | None:

@@ -23,6 +23,7 @@ from tunewright.models import likelihood
 from tunewright.models.announce import ROUTER
 
 _STEP = 256
+_NAME = "packing"
 
 
 class Packing(Technique):
@@ -39,7 +40,9 @@ class Packing(Technique):
             return reason
         if getattr(work.model, ROUTER, None) is not None:
             return "adapters are chosen for each sample"
-        return "" if _agrees(work) else "the model does not keep samples in one row apart"
+        if _NAME not in work.found:
+            work.found[_NAME] = _agrees(work)
+        return "" if work.found[_NAME] else "the model does not keep samples in one row apart"
 
     def not_worth(self, work: Work) -> str:
         """States that are kept of frozen blocks are each sample's own: skipping the blocks gains more than a row does."""

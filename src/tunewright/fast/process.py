@@ -2,7 +2,7 @@
 
 glibc gives large blocks back to the system when they are freed, and the next ones are filled with zeros anew, page by
 page: on a CPU that is a first-order cost of training, where every layer makes and drops the same blocks at each step.
-Kept, they are reused; in huge pages, fewer of them have to be looked up.
+Kept, they are reused.
 """
 
 import ctypes
@@ -16,13 +16,12 @@ import torch
 
 from tunewright.core.machine import cores
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _amx_attention, _native
+from tunewright.fast import Technique, Work, _amx_attention, _native, arena
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of glibc's malloc.h
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
 _GIVE_BACK = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 32 << 20, _TOP_PAD: 128 << 10, _MMAP_THRESHOLD: 32 << 20}
-_HUGE = 2 << 20
-_MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
+_MADV_DONTNEED = 4
 _TOLD_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -31,8 +30,8 @@ class Process(Technique):
     """Set while training runs, and set back after it."""
 
     idea = Words(
-        "Freed memory is kept for the next step, in huge pages; as many threads as there are cores; no denormals.",
-        "释放的内存留给下一步复用并使用大页；线程数等于可用核数；不计算非规格化数。",
+        "Freed memory is kept for the next step; as many threads as there are cores; no denormals.",
+        "释放的内存留给下一步复用；线程数等于可用核数；不计算非规格化数。",
     )
 
     def why_not(self, work: Work) -> str:
@@ -48,7 +47,6 @@ class Process(Technique):
         torch.set_flush_denormal(True)
         torch.set_num_threads(min(threads, cores()))
         _set(libc, _KEEP)
-        _in_huge_pages(libc)
         try:
             yield
         finally:
@@ -63,8 +61,6 @@ def _libc() -> Any:
     if platform.libc_ver()[0] != "glibc":
         return None
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
     libc.malloc_trim.argtypes = [ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
@@ -80,21 +76,6 @@ def huge_pages() -> str:
     with suppress(OSError):
         return _PAGES.read_text().partition("[")[2].partition("]")[0]
     return ""
-
-
-def _in_huge_pages(libc: Any) -> None:
-    """Ask for huge pages in the heap as far as it reaches; it is made to reach further first."""
-    if huge_pages() != "madvise":
-        return
-    reach = 1 << 30
-    libc.mallopt(_TOP_PAD, reach)
-    libc.free(libc.malloc(_HUGE * 64))
-    libc.mallopt(_TOP_PAD, _KEEP[_TOP_PAD])
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith("[heap]"):
-            first, last = (int(part, 16) for part in line.split()[0].split("-"))
-            first = -(-first // _HUGE) * _HUGE
-            libc.madvise(first, max(0, last - first), _MADV_HUGEPAGE)
 
 
 def let_go_of_files() -> None:
@@ -123,4 +104,5 @@ def settings() -> dict[str, Any]:
         "huge pages": huge_pages() or "unknown",
         "matrix units": [name for name in _TOLD_UNITS if name in flags],
         "attention on matrix units": _amx_attention.prepare() or "yes",
+        "large tensors apart": arena.prepare() or "yes",
     }

@@ -71,6 +71,8 @@ class Method(ABC):
     """``adapter`` if what is saved needs its base, ``model`` if it stands alone."""
     needs_weights: ClassVar[bool] = True
     """False if training begins from the architecture alone, with random weights."""
+    reads_gradients: ClassVar[bool] = False
+    """Whether :meth:`after_update` looks at the masters' gradients, which are kept for it then."""
     starts_equal: ClassVar[bool] = True
     """Whether outputs are the base's own until the first step."""
     base_bytes: float = 2.0
@@ -163,7 +165,7 @@ class Method(ABC):
         return None
 
     def after_update(self, model: Any, clock: Clock) -> None:
-        """Called after the optimizer's update; parameters are their fp32 masters here, with their gradients."""
+        """Called after the optimizer's update; parameters are their fp32 masters here."""
 
     def finish(self, model: Any) -> None:
         """Called after the last step, before the result is measured and saved."""

@@ -61,6 +61,8 @@ class Adalora(PeftMethod):
         paper="Zhang et al. 2023, arXiv:2303.10512",
     )
 
+    reads_gradients = True
+
     def peft_config(self, model: Any) -> Any:
         """PEFT's AdaLoraConfig, whose schedule is set when the number of steps is known."""
         from peft import AdaLoraConfig

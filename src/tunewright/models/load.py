@@ -10,6 +10,7 @@ import torch
 
 from tunewright.core import store
 from tunewright.core.errors import ModelError, Problem, UserError, nearest
+from tunewright.core.machine import available_memory
 from tunewright.core.paths import given
 from tunewright.core.units import human_bytes
 from tunewright.models import files, intact
@@ -189,8 +190,6 @@ def _stored(source: ModelSource, dtype: torch.dtype, quantization: Any) -> Any:
 
 def _initialised(source: ModelSource, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
-
-    from tunewright.models.inspect import available_memory
 
     shape = outline(source, dtype)
     if (need := _bytes(shape)) > (free := available_memory()):

@@ -11,11 +11,13 @@ from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.recipes import reading
-from tunewright.recipes.schema import CHOSEN, Recipe, Stage, as_choice, as_list
+from tunewright.recipes.schema import CHOSEN, Eval, Recipe, Stage, as_choice, as_list
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
-_RUN_KEYS = ("output", "logs", "stages")
+_RUN_KEYS = ("output", "logs", "stages", "eval")
+EVAL = "eval"
+"""What the measurement after the last stage is called."""
 _DEEPEST_KEY = 20
 _CHOICES = tuple((f"{key}s", key) for key in CHOSEN)
 _KEYS = (*(key for key in Stage.model_fields if key != "name"), *_RUN_KEYS)
@@ -37,9 +39,39 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     good = [stage for stage in stages if stage]
     wrong = {raw.get("name") for (raw, _), stage in zip(trees, stages, strict=True) if stage is None}
     _check_names(good, wrong, found)
+    last = _eval(tree, [stage.name for stage in good], wrong, found) if tree.get(EVAL) else None
     if found or recipe is None:
         raise RecipeError(found, (raw for raw, _ in trees))
-    return recipe.model_copy(update={"stages": tuple(good)})
+    return recipe.model_copy(update={"stages": tuple(good), "eval": last})
+
+
+def _eval(tree: Tree, names: list[str], wrong: set[Any], found: list[Problem]) -> Eval | None:
+    """The measurement that ends a run, with what the file says for all stages."""
+    own = {} if tree[EVAL] is True else tree[EVAL]
+    if not isinstance(own, dict):
+        found.append(Problem(EVAL, "expected a mapping, or true for every stage", ""))
+        return None
+    data = tree["data"] if isinstance(tree.get("data"), dict) else {}
+    shared = {
+        "data": data.get("valid"),
+        "template": data.get("template"),
+        "precision": tree.get("precision"),
+        "trust_remote_code": tree.get("trust_remote_code"),
+        "evaluate": tree.get("evaluate"),
+    }
+    raw = _merge({key: value for key, value in shared.items() if value is not None}, own)
+    last = _validated(Eval, raw, EVAL, found)
+    if last is None:
+        return None
+    if not last.data:
+        found.append(
+            Problem(f"{EVAL}.data", "there are no held-out files", "name some here or as data.valid")
+        )
+    for place, model in enumerate(last.models):
+        if model.startswith("stage:") and model[6:] not in {*names, *wrong}:
+            fix = nearest(model[6:], names)
+            found.append(Problem(f"{EVAL}.models.{place}", f"there is no stage {model[6:]!r}", fix))
+    return last
 
 
 def _pairs(overrides: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -202,6 +234,10 @@ def plugin_config(room: str, choice: Mapping[str, Any], where: str = "") -> Conf
 def _check_names(stages: list[Stage], wrong: set[Any], found: list[Problem]) -> None:
     seen: list[str] = []
     for stage in stages:
+        if stage.name == EVAL:
+            found.append(
+                Problem("stages", f"no stage can be called {EVAL!r}", "that is the last measurement's name")
+            )
         if stage.name in seen:
             found.append(Problem("stages", f"two stages are called {stage.name!r}", "give each a `name`"))
         if stage.model.startswith("stage:") and stage.model[6:] not in {*seen, *wrong}:
@@ -224,10 +260,12 @@ def schema_json() -> Tree:
         stage["properties"][key] = {"anyOf": [{"enum": plugins.names(room)}, *_choices(room, definitions)]}
     held = {"anyOf": [{"enum": plugins.names("regularizers")}, *_choices("regularizers", definitions)]}
     stage["properties"]["regularizers"] = {"anyOf": [held, {"type": "array", "items": held}]}
-    run = Recipe.model_json_schema()["properties"]
+    whole = Recipe.model_json_schema()
+    run, definitions["Eval"] = whole["properties"], {**whole["$defs"]["Eval"], "required": []}
     partial = {**stage, "required": [], "title": "Stage"}
     properties = {**stage["properties"], "output": run["output"], "logs": run["logs"],
-                  "stages": {"type": "array", "items": partial}}  # fmt: skip
+                  "stages": {"type": "array", "items": partial},
+                  EVAL: {"anyOf": [{"const": True}, {"$ref": "#/$defs/Eval"}]}}  # fmt: skip
     properties.pop("name")
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Tunewright recipe"}
     return {**head, "type": "object", "additionalProperties": False, "properties": properties,

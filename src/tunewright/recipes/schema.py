@@ -197,6 +197,24 @@ class Stage(Config):
         return value
 
 
+class Eval(Config):
+    """What ends a run of stages: the same held-out rows put to several models, side by side."""
+
+    models: tuple[str, ...] = ()
+    """``stage:NAME``, a folder, a built-in name or a hub id, each; the others are compared with the first. Without any,
+    the first stage's model and every stage that answers."""
+    data: DataFiles = ()
+    """Held-out files; without any, ``data.valid`` of the whole file."""
+    template: str = "auto"
+    """Chat template of models that have none."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """How the models' weights are held."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the models."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured; what the file says for all stages holds here, too. ``old`` and ``kl`` are each stage's own."""
+
+
 class Recipe(Config):
     """A run: where it goes, what reads its events, and its stages in order."""
 
@@ -206,3 +224,5 @@ class Recipe(Config):
     """Extra readers of the event stream."""
     stages: tuple[Stage, ...]
     """Each complete in itself: what the file says for all stages is already merged in."""
+    eval: Eval | None = None
+    """What is measured last; ``true`` is all stages on ``data.valid``."""

@@ -60,47 +60,51 @@ def result_of(run: Path) -> Path:
     return inside(run, name, str(results))
 
 
-def load(name: str, precision: str = "", template: str = "auto") -> Speaker:
-    """Whatever ``name`` is, ready to answer. ModelError if it is nothing of ours or Hugging Face's."""
+def load(name: str, precision: str = "", template: str = "auto", trusted: bool = False) -> Speaker:
+    """Whatever ``name`` is, ready to answer; ``trusted`` lets Python code run that comes with it.
+
+    ModelError if it is nothing of ours or Hugging Face's.
+    """
     folder = artifact_of(name)
     if folder and folder.is_dir():
         check_plain(folder, "model")
     if folder and (folder / "adapter_config.json").is_file():
-        return _adapter(folder, precision, template)
+        return _adapter(folder, precision, template, trusted)
     if folder and (folder / store.MANIFEST).is_file():
         store.verify(folder)
-    source = find(str(folder) if folder else name)
+    source = find(str(folder) if folder else name, trusted)
     model = load_model(source, precision or "fp32")
     codec = ChatCodec(load_tokenizer(source), template, context_length(model))
     return Speaker(model, codec, None, source.name)
 
 
-def tokenizer(name: str) -> Any:
+def tokenizer(name: str, trusted: bool = False) -> Any:
     """Its tokenizer, without its weights. UserError if it is nothing that can answer."""
-    return load_tokenizer(_words_of(name))
+    return load_tokenizer(_words_of(name, trusted))
 
 
-def _words_of(name: str) -> ModelSource:
+def _words_of(name: str, trusted: bool) -> ModelSource:
     folder = artifact_of(name)
     if folder and (folder / "adapter_config.json").is_file():
         own = ModelSource(str(folder), str(folder))
-        return own if (folder / "tokenizer_config.json").is_file() else methods.base_of(_manifest(folder))
-    return find(str(folder) if folder else name)
+        has_own = (folder / "tokenizer_config.json").is_file()
+        return own if has_own else methods.base_of(_manifest(folder), trusted)
+    return find(str(folder) if folder else name, trusted)
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(name: str, trusted: bool = False) -> str:
     """What tells it from others: SHA-256 over its files, and its base's if it is an adapter."""
     folder = artifact_of(name)
     if folder and (folder / "adapter_config.json").is_file():
-        base = methods.base_of(_manifest(folder))
+        base = methods.base_of(_manifest(folder), trusted)
         return store.sha256_json([load_fingerprint(ModelSource(name, str(folder))), load_fingerprint(base)])
-    return load_fingerprint(find(str(folder) if folder else name))
+    return load_fingerprint(find(str(folder) if folder else name, trusted))
 
 
-def _adapter(folder: Path, precision: str, template: str) -> Speaker:
+def _adapter(folder: Path, precision: str, template: str, trusted: bool) -> Speaker:
     manifest = _manifest(folder)
-    model, method = methods.load_adapter(folder, manifest, precision or manifest["precision"])
-    words = load_tokenizer(_words_of(str(folder)))
+    model, method = methods.load_adapter(folder, manifest, precision or manifest["precision"], trusted)
+    words = load_tokenizer(_words_of(str(folder), trusted))
     return Speaker(model, ChatCodec(words, template, context_length(model)), method, manifest["base"])
 
 

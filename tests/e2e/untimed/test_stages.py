@@ -1,6 +1,7 @@
 """Chains: a later stage begins from an earlier one's result."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tunewright as tw
+from tunewright import examine
 from tunewright.core.errors import DriftError, UserError
 from tunewright.data.rows import Message
 
@@ -76,9 +78,9 @@ def test_a_chain_that_was_killed_between_its_stages_reuses_the_first(
 def test_a_model_too_large_for_the_machine_is_refused_before_it_is_loaded(
     tiny_model_folder, data, tmp_path, monkeypatch
 ):
-    from tunewright.models import inspect
+    from tunewright.core import machine
 
-    monkeypatch.setattr(inspect, "available_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
     recipe = {"model": str(tiny_model_folder), "data": str(data), "output": str(tmp_path / "run")}
     with pytest.raises(UserError, match=r"needs at least .* of memory, 1000 B is free"):
         tw.run(recipe, quiet=True)
@@ -86,7 +88,7 @@ def test_a_model_too_large_for_the_machine_is_refused_before_it_is_loaded(
 
 
 def test_available_memory_is_a_number_of_bytes():
-    from tunewright.models.inspect import available_memory
+    from tunewright.core.machine import available_memory
 
     assert 1 << 20 < available_memory() < 1 << 50
 
@@ -106,8 +108,6 @@ def test_a_broken_tokenizer_and_bad_data_are_told_together(tiny_model_folder, da
 
 
 def test_code_that_comes_with_a_model_needs_to_be_trusted_aloud(tiny_model_folder, data, tmp_path, capsys):
-    import shutil
-
     folder = tmp_path / "remote"
     shutil.copytree(tiny_model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -265,3 +265,99 @@ def test_answers_are_judged_by_rewards_before_and_after(tiny_model_folder, data,
     assert "By own.py:long, answers are worth" in run.report.read_text()
     with pytest.raises(UserError, match="there is no reward 'stage:judge'"):
         tw.run({**recipe, "evaluate": {"rewards": ["stage:judge"]}}, quiet=True)
+
+
+# The measurement that ends a run
+
+
+def test_all_models_are_asked_the_same_at_the_end(tree, data, tmp_path):
+    """Scores are those that ``evaluate`` finds; only what changed is measured again."""
+    (tmp_path / "own.py").write_text("def long(asked, answer):\n    return len(answer)\n")
+    reward = f"{tmp_path / 'own.py'}:long"
+    tree["evaluate"] = {"max_new_tokens": 8, "limit": 9, "rewards": [reward]}
+    tree["eval"] = {"data": str(data)}
+    run = tw.run(tree, quiet=True)
+    last = run.results["eval"]
+    names = [tree["model"], "stage:one", "stage:two", "stage:three"]
+    assert [row["model"] for row in last["rows"]] == names
+    assert [stage["name"] for stage in run.results["stages"]] == ["one", "two", "three"]
+    for row, place in zip(last["rows"][1:], ("one", "two", "three"), strict=True):
+        alone = examine.evaluate(str(run.folder / "stages" / place), [str(data)], limit=9, max_new_tokens=8)
+        assert (row["loss"], row["exact_match"]) == (alone["loss"], alone["exact_match"])
+        lengths = [len(sample["answers"][names.index(row["model"])]) for sample in last["samples"]]
+        assert row["worth"][reward] == pytest.approx(sum(lengths) / len(lengths))
+        firsts = [len(sample["answers"][0]) for sample in last["samples"]]
+        wins = [(a > b) + (a == b) / 2 for a, b in zip(lengths, firsts, strict=True)]
+        assert row["wins"][reward] == pytest.approx(sum(wins) / len(wins))
+    assert "Side by side: 4 models" in run.report.read_text()
+    assert planned(tree)["eval"] == ("reuse", "finished, nothing changed")
+    assert planned(tree, start="two")["eval"] == ("run anew", "uses two")
+    tree["eval"]["models"] = ["stage:three", "stage:one"]
+    assert planned(tree)["eval"][0] == "run anew"
+    again = tw.run(tree, quiet=True, only="eval").results["eval"]["rows"]
+    by_name = {row["model"]: row["loss"] for row in last["rows"]}
+    assert [(row["model"], row["loss"]) for row in again] == [
+        (name, by_name[name]) for name in ("stage:three", "stage:one")
+    ]
+
+
+_OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_models_that_bring_code_are_asked_if_the_recipe_trusts_them(
+    tiny_model_folder, data, tmp_path, capsys
+):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "own.py").write_text(_OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": names}))
+    recipe = {
+        "model": str(folder), "data": {"train": str(data), "valid": str(data)}, "train": {"max_steps": 1},
+        "evaluate": {"limit": 2, "max_new_tokens": 2}, "output": str(tmp_path / "run"), "precision": "fp32",
+        "trust_remote_code": True, "eval": True,
+    }  # fmt: skip
+    run = tw.run(recipe)
+    assert [row["model"] for row in run.results["eval"]["rows"]] == [str(folder), "stage:sft"]
+    assert capsys.readouterr().err.count(f"running Python code that comes with {folder}") == 1
+    recipe |= {"eval": {"trust_remote_code": False}, "output": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"eval: .*wants to run its own Python code"):
+        tw.run(recipe, quiet=True)
+
+
+def test_what_cannot_be_asked_at_the_end_is_told_before_anything_runs(tree, data, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"instruction": ""}\n')
+    tree["stages"].append(
+        {"name": "judge", "objective": "reward", "data": {"train": str(tmp_path / "pairs.jsonl")}}
+    )
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(f'{{"prompt": "Say {n}", "chosen": "{n}.", "rejected": "{n}!"}}\n' for n in range(9))
+    )
+    tree["eval"] = {"models": ["stage:one", "stage:judge", "nowhere"], "data": [str(tmp_path / "bad.jsonl")],
+                    "evaluate": {"rewards": ["exact"]}}  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        tw.run(tree, quiet=True)
+    told = str(caught.value)
+    for words in (
+        "eval.models.1: stage 'judge' learns reward and does not answer",
+        "eval.models.2: ",
+        "bad.jsonl:1: ",
+        "exact_match",
+    ):
+        assert words in told, told
+    tree["eval"] = {"models": ["stage:oen"]}
+    with pytest.raises(UserError, match=r"eval.data: there are no held-out files(.|\n)*did you mean 'one'"):
+        tw.run(tree, quiet=True)
+    tree["eval"], tree["stages"][0]["name"] = [1], "eval"
+    with pytest.raises(UserError, match=r"no stage can be called 'eval'(.|\n)*eval: expected a mapping"):
+        tw.run(tree, quiet=True)
+    assert not Path(tree["output"]).exists()
