@@ -1,6 +1,6 @@
 """Run a recipe: check all of it, then train, measure and save each stage, then report."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -10,22 +10,15 @@ from tunewright import agenda, comparison, doctor, drifts, jobs, methods, recipe
 from tunewright.comparison import Comparison
 from tunewright.core import events, lock, machine, paths, store
 from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
-from tunewright.core.units import peak_memory_bytes
-from tunewright.data.prepare import statistics
-from tunewright.evaluate import card, judge, report
-from tunewright.evaluate.harness import Examination
+from tunewright.evaluate import judge, report
 from tunewright.jobs import Job
-from tunewright.models.announce import announced
 from tunewright.models.load import ModelSource, find
 from tunewright.objectives import Other
 from tunewright.recipes import Recipe, to_yaml
-from tunewright.regularizers import Old
 from tunewright.runs import Run
 from tunewright.serve import speaker
+from tunewright.stage_run import StageRun
 from tunewright.train import guard, ledger, readers
-from tunewright.train.loop import Trainer
-from tunewright.train.measure import HeldOut
-from tunewright.train.state import TrainState
 
 Tree = dict[str, Any]
 NO_WISH = agenda.Wish()
@@ -208,7 +201,7 @@ class _Runner:
         left_out = [str(problem) for problem in (*job.data.problems, *job.valid.problems)]
         if left_out:
             self.log.emit("skipped", count=len(left_out), rows=left_out[:_TOLD])
-        metrics = _StageRun(job, at, self.log, drifted, self.preemption).run(begun)
+        metrics = StageRun(job, at, self.log, drifted, self.preemption).run(begun)
         store.write_record(at / "metrics.json", metrics)
         return metrics
 
@@ -251,148 +244,3 @@ def asked(job: Job, other: Other, folder: Path) -> Any:
         return cache(lambda: judge.Teacher(load(), job.others_sha256[other.name]))
     choice = job.asked_stages[other.name].stage.objective if kind == "stage" else {"name": "reward"}
     return judge.Judge(load, choice)
-
-
-def _loss(objective: Any, model: Any, batch: Any) -> Any:
-    with announced(model, batch):
-        return objective.loss(model, batch)[0]
-
-
-class _StageRun:
-    """One stage: measure, train, measure, save."""
-
-    def __init__(
-        self, job: Job, folder: Path, log: events.EventLog, drifted: list[str], preemption: guard.Preemption
-    ) -> None:
-        self.job, self.folder, self.log, self.drifted = job, folder, log, drifted
-        self.preemption = preemption
-        stage = job.stage
-        self.exam = Examination(
-            job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.tokens_per_batch
-        )
-
-    def run(self, resumed: Callable[[], None]) -> Tree:
-        """The metrics; ``resumed`` is called once it is clear that training can go on."""
-        import torch
-
-        from tunewright.core.rng import derive
-
-        stage = self.job.stage
-        torch.manual_seed(derive(stage.train.seed, "init"))
-        model = self.job.method.load_base(self.job.source, stage.precision)
-        before = self._measure(model, "before")
-        torch.manual_seed(derive(stage.train.seed, "method"))
-        model = self.job.method.apply(model)
-        trainer = Trainer(
-            model, self.job.method, self.job.objective, self.job.data, self.job.valid, stage.train,
-            stage.precision, self.log, self.folder, self.preemption, self.job.optimizer,
-            stage.fast, self.job.regularizers, self._old(model),
-        )  # fmt: skip
-        state = trainer.run(resumed)
-        trainer.optimizer.release()  # what fitted beside it before training fits after it
-        after = self._measure(model, "after")
-        metrics = self._metrics(model, trainer, state, before, after)
-        self._save(model, metrics)
-        return metrics
-
-    def _old(self, model: Any) -> list[Old | None]:
-        """What each regularizer may look at."""
-        device = next(model.parameters()).device
-        return [
-            Old(
-                partial(known.batches, device),
-                partial(_loss, known.objective),
-                len(known.samples),
-                partial(known.batch, device),
-            )
-            if known
-            else None
-            for known in self.job.looked_at
-        ]
-
-    def _measure(self, model: Any, when: str) -> Tree:
-        """Scores, from the file if this stage measured them before a kill."""
-        if not self.job.stage.evaluate.enabled:
-            return {}
-        path = self.folder / f"{when}.json"
-        if when == "before" and path.exists():
-            try:
-                scores = store.read_record(path)
-                if scores.pop("asked", None) == self._asked():
-                    return scores
-            except DamagedError as error:
-                self.log.emit("damaged", what=f"{error}; measured again")
-        scores = self.exam.take(model, lambda done, of: self._progress(when, done, of))
-        old = {name: self._on(known, model) for name, known in self.job.old.items()}
-        scores |= {"old": old} if old else {}
-        store.write_record(path, {**scores, "asked": self._asked()})
-        self.log.emit("measure", when=when, **{k: v for k, v in scores.items() if k != "answers"})
-        return scores
-
-    def _on(self, known: jobs.Known, model: Any) -> float:
-        """Loss on old data, nats a token."""
-        return HeldOut(known.objective, known.samples, self.job.stage.train.tokens_per_batch).loss(model)
-
-    def _asked(self) -> str:
-        """What decides the scores of the model to start from."""
-        return store.sha256_json([self.job.stage.evaluate.model_dump(mode="json"), self.drifted])
-
-    def _progress(self, when: str, done: int, of: int) -> None:
-        self.log.emit("answering", when=when, done=done, of=of)
-
-    def _metrics(self, model: Any, trainer: Trainer, state: TrainState, before: Tree, after: Tree) -> Tree:
-        from tunewright.models.quantized_layers import parameter_count
-
-        stage, total = self.job.stage, parameter_count(model)
-        trained = sum(p.numel() for p in trainer.optimizer.parameters.values())
-        samples, wins = self.exam.side_by_side(before, after), self.exam.wins(before, after)
-        after |= {"wins": wins} if wins else {}
-        if stage.evaluate.kl and self.exam.asks:
-            reference = self.job.method.load_base(self.job.source, stage.precision)
-            after["kl"] = self.exam.kl(model.eval(), reference.eval())
-            self.log.emit("kl", nats=after["kl"])
-        for scores in (before, after):
-            scores.pop("answers", None)
-        return {
-            "name": stage.name, "model": stage.model, "method": stage.method, "objective": stage.objective,
-            "optimizer": stage.optimizer, "precision": stage.precision,
-            "train_config": stage.train.model_dump(mode="json"), "fast": trainer.techniques,
-            "parameters": {"total": total, "trainable": trained, "share": trained / total},
-            "method_report": self.job.method.report(model),
-            "data": {"train": statistics(self.job.data), "valid": statistics(self.job.valid),
-                     "padding_share": trainer.padding_share()},
-            "before": before, "after": after, "samples": samples,
-            "train": {"steps": state.step, "planned_steps": trainer.steps, "tokens": state.tokens,
-                      "learned_tokens": state.learned_tokens, "seconds": state.seconds,
-                      "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
-                      "best_step": state.best_step or state.step,
-                      "skipped": state.skipped, "rollbacks": state.rollbacks, "peak_memory": peak_memory_bytes()},
-            "artifact": f"stages/{stage.name}/{self.job.method.folder}",
-            "lineage": self._lineage(),
-        }  # fmt: skip
-
-    def _lineage(self) -> Tree:
-        return {
-            "base": self.job.source.name, "base_sha256": self.job.inputs["base_sha256"],
-            "license": card.licence_of(self.job.source),
-            "drift": self.drifted,
-            "inputs_sha256": store.sha256_json(self.job.inputs), "seed": self.job.stage.train.seed,
-            "versions": machine.versions(), "hardware": machine.hardware(),
-        }  # fmt: skip
-
-    def _save(self, model: Any, metrics: Tree) -> None:
-        """The artifact: weights, tokenizer with its template, model card; and its size into the metrics."""
-        stage, method = self.job.stage, self.job.method
-        facts = {
-            "method": stage.method["name"], "base": self.job.source.reference, "precision": stage.precision,
-            "base_sha256": metrics["lineage"]["base_sha256"], "trust_remote_code": stage.trust_remote_code,
-            "max_length": self.job.codec.max_length,
-        }  # fmt: skip
-        target = self.folder / method.folder
-        with store.artifact(target, **facts) as whole:
-            method.export(model, whole)
-            self.job.codec.tokenizer.save_pretrained(whole)
-            weights = [p.stat().st_size for p in whole.rglob("*.safetensors")]
-            metrics["artifact_bytes"] = sum(weights)
-            store.write_text(whole / "README.md", card.text(metrics))
-        self.log.emit("saved", path=str(target), bytes=metrics["artifact_bytes"])

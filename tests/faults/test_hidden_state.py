@@ -38,7 +38,7 @@ def cases(lab: Lab, recipe: Path, tally, count: int, condition: Condition, objec
     overrides = (*BASE, *condition.overrides(lab, objective))
     whole = lab.folder / f"{condition.name}-whole"
     here(recipe, whole, *overrides)
-    assert condition.came_about(whole), f"{condition.name} did not come about"
+    assert condition.came_about(whole), f"{condition.name} did not come about: {told(whole, 'eval')}"
     stops = condition.stops(whole, random.Random(f"{objective} {condition.name}"), count)
     for i, stop in enumerate(stops):
         output = lab.folder / f"{condition.name}-{i}"

@@ -61,10 +61,23 @@ def parse_bytes(text: str) -> int:
 
 def peak_memory_bytes() -> int:
     """The process's highest resident memory so far, in bytes."""
-    if _STATUS.exists():  # getrusage also counts what the process that started this one held
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+    return _status("VmHWM") or _peak_by_usage()
+
+
+def resident_bytes() -> int:
+    """The process's resident memory now; its highest so far where the system does not tell."""
+    return _status("VmRSS") or _peak_by_usage()
+
+
+def _status(name: str) -> int:
+    """Bytes that the system tells of this process under that name; 0 if it does not."""
+    text = _STATUS.read_text() if _STATUS.exists() else ""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _peak_by_usage() -> int:
+    """Which also counts what the process that started this one held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

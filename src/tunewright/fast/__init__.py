@@ -16,6 +16,7 @@ from torch import Tensor
 from tunewright.core import plugins
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
+from tunewright.models import hollow
 from tunewright.models.announce import announced
 
 Batch = Mapping[str, Tensor]
@@ -145,6 +146,14 @@ def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int
             compute(batch) if compute else work.model(input_ids=batch["input_ids"], use_cache=False)
     finally:
         work.model.train(training)
+
+
+def agrees(work: Work, compare: Callable[[Batch], bool], rows: int = 1) -> bool:
+    """Whether ``compare`` finds what it compares alike, by a look; taken to be so where tensors have no values."""
+    found: list[bool] = []
+    if not hollow.is_on():
+        look(work, lambda batch: found.append(compare(batch)), rows)
+    return all(found)
 
 
 def _shortest(batch: Batch, rows: int) -> Batch:

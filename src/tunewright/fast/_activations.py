@@ -4,10 +4,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tunewright.core.machine import available_memory
 from tunewright.fast import Work
+from tunewright.models.memory import storage
 
 _SHARE = 0.5
 """Of the memory that is free, for what decoder blocks keep: the rest is for logits, the loss, what an
@@ -25,12 +25,6 @@ def room(work: Work) -> int:
 def _free_on(device: torch.device) -> int:
     cached: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return cached + int(torch.cuda.mem_get_info(device)[0])
-
-
-def storage(x: Tensor) -> int:
-    """The number of the memory that a tensor is a view of; it is no other's as long as that lives."""
-    number: int = x.untyped_storage()._cdata
-    return number
 
 
 def lasting(model: Any) -> frozenset[int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree
 
-from tunewright.fast._activations import storage
+from tunewright.models.memory import storage
 
 Sizes = dict[StorageWeakRef, int]
 """Bytes of storages. A weak reference keeps the number of a freed one from being given to another."""

@@ -16,7 +16,8 @@ from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _native
 from tunewright.fast._lower_blocks import frozen
-from tunewright.models import anatomy
+from tunewright.fast.checkpointing import again
+from tunewright.models import anatomy, hollow
 
 _COST = 8.0
 """Seconds that compiling takes: 15 the first time, 3 where what was compiled before is found."""
@@ -109,8 +110,10 @@ def _compiled(block: Any, partition: dict[str, Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         learning = block.training and torch.is_grad_enabled()
-        if not learning:
+        if not learning or (hollow.is_on() and partition is not _LITTLE_KEPT):
             return plain(*args, **kwargs)
+        if hollow.is_on():  # shapes are not compiled; what is kept is the same
+            return again(plain, *args, **kwargs)
         if not made:
             made.append(torch.compile(plain, dynamic=True))
         with torch._functorch.config.patch(partition):

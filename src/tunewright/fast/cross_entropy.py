@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tunewright.core.words import Words
-from tunewright.fast import Batch, Technique, Work, _native, look
-from tunewright.models import anatomy, likelihood
+from tunewright.fast import Batch, Technique, Work, _native, agrees
+from tunewright.models import anatomy, hollow, likelihood
 
 _CODE = "_softmax"
 _LOGITS_BYTES = 64 << 20
@@ -78,16 +78,14 @@ def _agrees(work: Work) -> bool:
 
     They are not if a model does something to its logits after its output layer, such as to cap them.
     """
-    agree = []
 
-    def compare(batch: Batch) -> None:
+    def compare(batch: Batch) -> bool:
         own, expected = losses(work.model, batch), likelihood.plain(work.model, batch)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
         same = torch.allclose(own, expected, rtol=close, atol=close)
-        agree.append(same and likelihood.comes_last(work.model, batch))
+        return same and likelihood.comes_last(work.model, batch)
 
-    look(work, compare)
-    return agree[0]
+    return agrees(work, compare)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -195,7 +193,8 @@ def _room(like: Tensor, rows: int, words: int) -> Tensor:
 
 def _to_gradients(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
     """Losses [C]; the logits are overwritten by the losses' gradient if that is needed."""
-    if _CODE in _native.BUILT and logits_CV.dtype == torch.bfloat16 and logits_CV.device.type == "cpu":
+    on_cpu = logits_CV.device.type == "cpu" and not hollow.is_on()
+    if _CODE in _native.BUILT and logits_CV.dtype == torch.bfloat16 and on_cpu:
         return _by_code(logits_CV, labels_C, needed)
     found = []
     for logits, labels in _pieces(_SOFTMAX_ROWS, logits_CV, labels_C):

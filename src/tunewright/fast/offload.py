@@ -18,8 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work
-from tunewright.fast._activations import lasting, room, storage
+from tunewright.fast._activations import lasting, room
 from tunewright.fast._spill_file import SpillFile, as_bytes
+from tunewright.models.memory import storage
 
 _SMALL = 64 << 10
 """Bytes below which moving costs more time than memory is worth."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
-from tunewright.fast import Batch, Technique, Work, look
+from tunewright.fast import Batch, Technique, Work, agrees
 from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
 from tunewright.models import likelihood
@@ -95,25 +95,24 @@ def in_one_row(batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] =
 
 def _agrees(work: Work) -> bool:
     """Whether two samples in one row have the losses that they have side by side."""
-    agree: list[bool] = []
 
-    def compare(batch: Batch) -> None:
+    def compare(batch: Batch) -> bool:
         if LENGTH not in batch:
-            agree.append(False)
-            return
+            return False
         expected = likelihood.plain(work.model, batch)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
+        found = []
         for way in (Attention().on(work), nullcontext()):  # training with dropout goes the second
             with way:
                 own = likelihood.plain(work.model, in_one_row(batch))
-            agree.append(torch.allclose(own, expected, rtol=close, atol=close))
+            found.append(torch.allclose(own, expected, rtol=close, atol=close))
+        return all(found)
 
     try:
-        look(work, compare, rows=2)
+        return agrees(work, compare, rows=2)
     except (
         TypeError,
         ValueError,
         ModelError,
     ):  # the architecture, or a prompt before each row, knows no ends
         return False
-    return all(agree)

@@ -10,7 +10,7 @@ import torch
 from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
-from tunewright.fast import Batch, Technique, Work, look
+from tunewright.fast import Batch, Technique, Work, agrees
 from tunewright.fast.attention import Attention, base_model
 from tunewright.fast.packing import Packing, in_one_row, reach
 from tunewright.models import likelihood
@@ -88,9 +88,8 @@ def _alike(one: np.ndarray, other: np.ndarray) -> int:
 
 def _agrees(work: Work) -> bool:
     """Whether two samples that begin alike have the losses that they have side by side."""
-    agree: list[bool] = []
 
-    def compare(batch: Batch) -> None:
+    def compare(batch: Batch) -> bool:
         both = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in batch.items()}
         begun = int(batch[LENGTH][0]) // 2
         both["labels"] = both["labels"].clone()
@@ -101,10 +100,9 @@ def _agrees(work: Work) -> bool:
         with Attention().on(work):
             own = likelihood.plain(work.model, row)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
-        agree.append(torch.allclose(own, expected, rtol=close, atol=close))
+        return torch.allclose(own, expected, rtol=close, atol=close)
 
     try:
-        look(work, compare)
+        return agrees(work, compare)
     except (TypeError, ValueError, ModelError):  # as of samples in one row
         return False
-    return all(agree)

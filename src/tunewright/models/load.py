@@ -13,7 +13,7 @@ from tunewright.core.errors import ModelError, Problem, UserError, nearest
 from tunewright.core.machine import available_memory
 from tunewright.core.paths import given
 from tunewright.core.units import human_bytes
-from tunewright.models import files, intact
+from tunewright.models import files, hollow, intact
 
 BUILTIN = {"pico": Path(str(resources.files("tunewright.models"))) / "pico"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}
@@ -153,14 +153,19 @@ def load_model(
 
     With ``random_weights`` it has the same architecture, freshly initialised. ``quantization`` is a config of
     transformers', by which weights are quantized while they are read. ModelError if the folder is not whole, or lacks
-    weights that the config asks for.
+    weights that the config asks for. Where tensors have no values nothing is read but the config.
     """
     _quiet()
     if source.folder:
         intact.check(source.folder, source.name, source.trust_remote_code)
     dtype = DTYPES[precision]
     try:
-        model = _initialised(source, dtype) if random_weights else _stored(source, dtype, quantization)
+        if hollow.is_on():
+            model = _shaped(source, dtype)
+        elif random_weights:
+            model = _initialised(source, dtype)
+        else:
+            model = _stored(source, dtype, quantization)
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries make of a config that is not as they expect it
@@ -186,6 +191,14 @@ def _stored(source: ModelSource, dtype: torch.dtype, quantization: Any) -> Any:
         what = f"{source.name} lacks {len(missing)} of {len(parameters)} weights: {some}"
         raise ModelError(Problem("model", what, files.AGAIN))
     return model
+
+
+def _shaped(source: ModelSource, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted = source.trust_remote_code
+    config = AutoConfig.from_pretrained(source.path, trust_remote_code=trusted)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
 
 
 def _initialised(source: ModelSource, dtype: torch.dtype) -> Any:

@@ -5,11 +5,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory")
 """What torch's CPU allocator says on Windows, and elsewhere."""
+
+
+def storage(x: Tensor) -> int:
+    """The number of the memory that a tensor is a view of; it is no other's as long as that lives."""
+    number: int = x.untyped_storage()._cdata
+    return number
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -143,6 +143,31 @@ class Trainer:
         self.method.finish(self.model)
         return self.state
 
+    def largest_step(self, told: Callable[[str], object] = lambda done: None) -> None:
+        """One step on the samples that take most memory, and the largest part of what is held out, measured.
+
+        ``told`` hears what is done. For those who run it on tensors without values.
+        """
+        self._prepare()
+        with fast.using(self.switches, self._work(), self._tell_techniques):
+            told("prepared")
+            indices = self.feed.widest(self._budget)
+            samples = self.feed.batch(indices)
+            self.objective.begin(self.model, _Again(lambda: iter([samples])))
+            lesson = self._lesson(indices)
+            told("begun")
+            again = (
+                2 if self._budget < self.config.tokens_per_batch else 1
+            )  # gradients of the one beside the other
+            self.passes.over(lesson.batches(self._budget) * again, self.clock, self._scale)
+            told("passed")
+            self.optimizer.gather(self._scale)
+            self._update(1.0, overflowed=False)
+            told("updated")
+            if self.config.eval_every and len(self.held_out):
+                self.held_out.rehearse(self.model, self._tell_smaller)
+            told("measured")
+
     def _work(self) -> fast.Work:
         tokens = self.steps * self.config.tokens_per_batch
         given = self.state.micro_tokens or self.config.micro_tokens

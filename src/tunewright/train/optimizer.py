@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunewright.core.errors import DriftError, Problem
+from tunewright.models.memory import storage
 from tunewright.optimizers import Optimizer
 from tunewright.optimizers.adamw import AdamW
 from tunewright.optimizers.adamw import Config as AdamWConfig
@@ -184,7 +185,7 @@ class Masters:
     def _round_back(self) -> None:
         for name, master in self.masters.items():
             parameter = self.parameters[name]
-            if parameter.data_ptr() != master.data_ptr():
+            if storage(parameter) != storage(master):
                 parameter.copy_(master)
 
     def weights(self) -> dict[str, Tensor]:
