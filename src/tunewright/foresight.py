@@ -4,9 +4,17 @@ It is the real step of the real model with the methods, objectives and technique
 needs no formula of its own. Weights are not read: a config is enough.
 """
 
+import gc
+import multiprocessing
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tunewright.core import events
 from tunewright.core.units import resident_bytes
@@ -14,6 +22,12 @@ from tunewright.jobs import Job
 from tunewright.models.hollow import Hollow
 from tunewright.stage_run import trainer_of
 from tunewright.train import guard
+from tunewright.train.measure import HeldOut
+
+_AT_WORK = 145 << 20
+"""Bytes that libraries come to hold as they compute: kernels made for shapes, scratch space, room in the heap."""
+_COMPILING = 105 << 20
+"""More of these where blocks are compiled."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +42,79 @@ class Foreseen:
     training: int
     """Gradients, activations and logits, at their most."""
     evaluation: int
-    """What measuring takes beside weights and optimizer."""
+    """What measuring takes before training, beside the weights."""
 
     @property
     def peak(self) -> int:
         """Resident memory at its most."""
-        return self.process + self.weights + self.optimizer + max(self.training, self.evaluation)
+        return self.process + self.weights + max(self.optimizer + self.training, self.evaluation)
+
+
+def why_not(job: Job) -> str:
+    """Why nothing can be foreseen of a stage; empty if it can."""
+    if job.objective.others():
+        return "it asks other models"
+    return "" if next(iter(job.data.lengths), None) else "it has no data"
 
 
 def foresee(job: Job) -> Foreseen:
-    """The stage on this machine."""
-    process, most = resident_bytes(), dict[str, int]()
-    with tempfile.TemporaryDirectory() as folder, Hollow() as hollow:
-        model = job.method.apply(job.method.load_base(job.source, job.stage.precision))
-        log = events.EventLog(Path(folder) / "events.jsonl")
-        trainer = trainer_of(job, model, log, Path(folder), guard.Preemption())
-        weights = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-        lasting = hollow.live
+    """The stage on this machine. In a process of its own: what is made without values stays out of all caches here.
+
+    Raises:
+        RuntimeError: the step cannot be taken without values; the message says why.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_tell, args=(job, theirs), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: it uses one of its own
+        child.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        found = "the process that was to foresee it died"
+    child.join()
+    if isinstance(found, dict):
+        return Foreseen(**found)
+    raise RuntimeError(found)
+
+
+def _tell(job: Job, to: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        to.send(vars(foreseen(job)))
+    except Exception as error:  # whatever an architecture does that shapes alone do not allow
+        to.send(f"{type(error).__name__}: {error}")
+
+
+def foreseen(job: Job, make: Callable[[], Hollow] = Hollow) -> Foreseen:
+    """As :func:`foresee`, in this process; ``make`` gives what counts."""
+    process, most, on = resident_bytes() + _AT_WORK, dict[str, int](), list[str]()
+    with tempfile.TemporaryDirectory() as folder, make() as hollow:
 
         def note(done: str) -> None:
             most[done], hollow.most = hollow.most, hollow.live
 
-        hollow.most = hollow.live
+        base = job.method.load_base(job.source, job.stage.precision)
+        hollow.most = before = hollow.live
+        if job.stage.evaluate.enabled and len(job.valid):
+            HeldOut(job.objective, job.valid, job.stage.train.tokens_per_batch).rehearse(base)
+        evaluation = hollow.most - before
+        model = job.method.apply(base)
+        del base
+        gc.collect()
+        log = events.EventLog(Path(folder) / "events.jsonl", lambda event: on.extend(_techniques(event)))
+        trainer = trainer_of(job, model, log, Path(folder), guard.Preemption())
+        weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+        lasting = hollow.most = hollow.live
         trainer.largest_step(note)
         log.close()
-    training = max(most[done] for done in ("prepared", "begun", "passed", "updated")) - lasting
-    return Foreseen(process, weights, lasting - weights, training, most["measured"] - lasting)
+    training = max(most[done] for done in ("begun", "passed", "updated", "measured")) - lasting
+    process += _COMPILING if "compile" in on else 0
+    return Foreseen(process, weights, lasting - weights, training, evaluation)
+
+
+def _techniques(event: Any) -> list[str]:
+    return list(event["on"]) if event["kind"] == "fast" else []

@@ -1,6 +1,6 @@
 // PyTorch's memory for large tensors, apart from all other allocations of the process.
 //
-// Free pieces lie in one range of addresses that only tensors of a megabyte and more are taken from, the smallest piece
+// Free pieces lie in one range of addresses that only tensors of 64 KB and more are taken from, the smallest piece
 // that is large enough first; neighbours that are free become one again. What a step frees is whole for the next one.
 
 #include <c10/core/CPUAllocator.h>
@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr size_t LARGE = size_t(1) << 20, PIECE = size_t(4) << 10, HUGE = size_t(2) << 20, GROWTH = size_t(64) << 20;
+constexpr size_t LARGE = size_t(1) << 16, PIECE = size_t(4) << 10, HUGE = size_t(2) << 20, GROWTH = size_t(64) << 20;
 
 size_t up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 

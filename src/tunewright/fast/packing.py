@@ -19,7 +19,7 @@ from tunewright.data.tokens import LENGTH
 from tunewright.fast import Batch, Technique, Work, agrees
 from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
-from tunewright.models import likelihood
+from tunewright.models import hollow, likelihood
 from tunewright.models.announce import ROUTER
 
 _STEP = 256
@@ -99,6 +99,9 @@ def _agrees(work: Work) -> bool:
     def compare(batch: Batch) -> bool:
         if LENGTH not in batch:
             return False
+        if hollow.is_on():  # all that shows is an architecture that knows no ends
+            likelihood.hidden_states(work.model, in_one_row(batch))
+            return True
         expected = likelihood.plain(work.model, batch)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
         found = []

@@ -81,7 +81,8 @@ def huge_pages() -> str:
 def let_go_of_files() -> None:
     """Weights that are mapped from a file and were copied elsewhere no longer count as this process's memory.
 
-    Pages that nothing has written are dropped; where they are needed after all they are read again.
+    Pages that nothing has written are dropped; where they are needed after all they are read again. Nor do those that
+    were converted as they were read, and have been freed.
     """
     if not (libc := _libc()):
         return
@@ -93,6 +94,7 @@ def let_go_of_files() -> None:
             first, last = (int(part, 16) for part in bounds.split("-")) if ours else (0, 0)
         elif last and bounds == "Anonymous:" and rest.split()[0] == "0":
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+    libc.malloc_trim(0)
 
 
 def settings() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tunewright.data.tokens import LENGTH
 from tunewright.fast import Batch, Technique, Work, agrees
 from tunewright.fast.attention import Attention, base_model
 from tunewright.fast.packing import Packing, in_one_row, reach
-from tunewright.models import likelihood
+from tunewright.models import hollow, likelihood
 
 _LEAST = 8
 """Fewer tokens are not worth the order they cost."""
@@ -96,6 +96,10 @@ def _agrees(work: Work) -> bool:
         both["labels"][:, :begun] = likelihood.IGNORED
         both["labels"][:, begun] = 0
         row = in_one_row(both, [0, 0], [0, begun])
+        if hollow.is_on():  # as for samples in one row
+            with Attention().on(work):
+                likelihood.hidden_states(work.model, row)
+            return True
         expected = likelihood.plain(work.model, both)
         with Attention().on(work):
             own = likelihood.plain(work.model, row)

@@ -20,8 +20,12 @@ _aten = torch.ops.aten
 _CHOICES = {_aten.topk.default, _aten.sort.default, _aten.sort.stable, _aten.max.dim, _aten.min.dim, _aten.argmax.default,
             _aten.multinomial.default}  # fmt: skip
 _TRUE = {_aten.equal.default, _aten.allclose.default}
-_INTEGERS = ("randint", "randperm", "arange", "indices")
-"""Parts of names: what makes integers though it does not say so."""
+_INDEXED = {
+    _aten.index.Tensor,
+    _aten.index_put.default,
+    _aten.index_put_.default,
+    _aten._index_put_impl_.default,
+}
 _on: list["Hollow"] = []
 
 
@@ -63,27 +67,27 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """One operation, on shapes if any of its tensors has no values."""
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if not any(isinstance(x, FakeTensor) for x in tensors) and not _makes_numbers(
-            func, tensors, args, kwargs
-        ):
-            return func(*args, **kwargs)
+        if any(isinstance(x, FakeTensor) for x in tensors) or _makes_numbers(func, tensors, args, kwargs):
+            out = self._on_shapes(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._count(x)
+        return out
+
+    def _on_shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _aten._local_scalar_dense.default:
-            return (args[0].dtype.is_floating_point and 1.0) or 1
+            return 1.0
         if func in _TRUE:
             return True
-        if func is _aten.index.Tensor:
-            args = (args[0], _places(args[1]))
-        elif func in (_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default):
+        if func in _INDEXED:
             args = (args[0], _places(args[1]), *args[2:])
         with self._fake:
             out = func(*args, **kwargs)
         # Modules exchange their tensors only where nothing else refers to them.
         self._fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
-        out = tree_map(lambda x: _made_up(func, args, x) if _is_choice(x) else x, out)
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._count(x)
-        return out
+        return tree_map(lambda x: _made_up(func, args, x) if _is_choice(x) else x, out)
 
     def _count(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -100,12 +104,11 @@ class Hollow(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _makes_numbers(func: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
     """Whether an operation without tensors makes a tensor of numbers: its shape is all that is wanted."""
-    if tensors or not any("Tensor" in str(made.type) for made in func._schema.returns):
+    sized = any(isinstance(x, list | tuple) and x for x in args)
+    if tensors or not sized or not any("Tensor" in str(made.type) for made in func._schema.returns):
         return False
-    dtype = kwargs.get("dtype")
-    if dtype is None and any(part in str(func) for part in _INTEGERS):
-        return False
-    return (dtype is None or dtype.is_floating_point) and any(isinstance(x, list | tuple) and x for x in args)
+    made = func(*args, **{**kwargs, "device": torch.device("meta")})
+    return bool(made.dtype.is_floating_point)
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -125,7 +128,7 @@ def _is_choice(x: Any) -> bool:
 
 def _made_up(func: Any, args: Any, x: Tensor) -> Tensor:
     """Real integers or truths in place of those that would come of numbers."""
-    if x.dtype == torch.bool or func not in _CHOICES:
-        return torch.ones(x.shape, dtype=x.dtype)
+    if func not in _CHOICES:
+        return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype)
     last = args[0].shape[-1] if args[0].dim() else 1
     return (torch.arange(x.numel()) % max(last, 1)).view(x.shape).to(x.dtype)

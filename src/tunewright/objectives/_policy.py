@@ -190,7 +190,7 @@ class Policy(Objective):
         for some in chunks(found, _LOOKED_AT):
             batch = self.batch(some, device)
             with announced(model, batch):
-                flat = numbers_of(batch).double().cpu().numpy()
+                flat = np.array(numbers_of(batch).double().tolist())
             ends = np.cumsum([int(sample["learned"].sum()) for sample in some])
             each += np.split(flat, ends[:-1])
         return each

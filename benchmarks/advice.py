@@ -1,0 +1,123 @@
+"""How well memory is foretold: ``python -m benchmarks.advice`` measures every case of advice.yaml, and goes on where it was
+stopped. Each case is foretold in one process and run in another, for a few steps; peaks are the processes' own.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from benchmarks import models, rows
+
+Tree = dict[str, Any]
+HERE = Path(__file__).parent
+LOG = Path("runs/benchmarks/advice.jsonl")
+_STEPS = 2
+_WORDS = 64
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is not in the log yet, then tell all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
+    parser.add_argument("--again", action="store_true", help="Foretell anew what was measured before.")
+    given = parser.parse_args(arguments)
+    spec = yaml.safe_load((HERE / "advice.yaml").read_text())
+    known = {json.dumps(row["case"]): row for row in rows.read(LOG)} if LOG.exists() else {}
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    for case in spec["cases"]:
+        row = known.get(json.dumps(case), {"case": case})
+        overrides = _recipe(case, spec["models"][case["model"]], given.fixtures)
+        if given.again or "foreseen" not in row:
+            row["foreseen"] = _child("foresee", overrides)
+        if "measured" not in row:
+            row["measured"] = _child("measure", overrides)
+        known[json.dumps(case)] = row
+        rows.write(LOG, list(known.values()))
+        print(_line(row), flush=True)
+    errors = sorted(abs(_error(row)) for row in known.values() if _error(row) is not None)
+    print(f"{len(errors)} cases, median error {median(errors):.1%}, worst {errors[-1]:.1%}")
+
+
+def _line(row: Tree) -> str:
+    error = _error(row)
+    told = " ".join(f"{value}" for value in row["case"].values())
+    if error is None:
+        return f"{told}: {row['foreseen'].get('failed') or row['measured'].get('failed')}"
+    peaks = (row[of]["peak"] / 1e6 for of in ("foreseen", "measured"))
+    return f"{told}: foretold {next(peaks):,.0f} MB, measured {next(peaks):,.0f} MB, {error:+.1%}"
+
+
+def _error(row: Tree) -> float | None:
+    if "peak" not in row["foreseen"] or "peak" not in row["measured"]:
+        return None
+    return float(row["foreseen"]["peak"] / row["measured"]["peak"] - 1)
+
+
+def _child(what: str, recipe: Tree) -> Tree:
+    """What a process of its own finds out, or the end of what it said."""
+    command = [sys.executable, "-m", "benchmarks.advice_child", what]
+    done = subprocess.run(
+        command, check=False, input=json.dumps(recipe), capture_output=True, text=True, env=dict(os.environ)
+    )
+    if done.returncode:
+        return {"failed": done.stderr[-600:]}
+    found: Tree = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _recipe(case: Tree, spec: Tree, fixtures: Path) -> Tree:
+    folder = Path("runs/benchmarks/advice")
+    model = models.model_folder(folder, case["model"], spec, fixtures)
+    length, tokens = case.get("length", 256), case.get("tokens", 4096)
+    kind = case.get("objective", "sft")
+    data = folder / "data" / f"{case['model']}-{kind}-{length}-{tokens}.jsonl"
+    if not data.exists():
+        data.parent.mkdir(parents=True, exist_ok=True)
+        rows.write(data, list(_rows(model, kind, length, max(4, _STEPS * tokens // length))))
+    train = {"tokens_per_batch": tokens, "gradient_checkpointing": case.get("checkpointing", False)}
+    return {
+        "output": str(folder / "run"), "model": str(model), "method": case["method"], "objective": kind,
+        "precision": case.get("precision", "bf16"), "data": {"train": str(data), "valid_share": 0, "max_length": length},
+        "train": {**train, "max_steps": _STEPS, **({"micro_tokens": case["micro"]} if "micro" in case else {})},
+        "fast": {"compile": case.get("compile", False)}, "evaluate": {"enabled": False},
+    }  # fmt: skip
+
+
+def _rows(model: Path, kind: str, length: int, count: int) -> Any:
+    """Rows of words drawn by a seed, of three quarters of the length to the length."""
+    from transformers import AutoTokenizer
+
+    tokenizer, draw = AutoTokenizer.from_pretrained(model), random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(_WORDS)]
+
+    def said(tokens: float) -> str:
+        text = ""
+        while len(tokenizer(text).input_ids) < tokens:
+            text += " ".join(draw.choices(words, k=4)) + " "
+        return text.strip()
+
+    for number in range(count):
+        whole = (length - 40) * draw.uniform(0.75, 0.95)
+        asked, answer = said(whole / 3), said(whole * 2 / 3)
+        if kind == "pretrain":
+            yield {"text": f"{asked} {answer}"}
+        elif kind == "kto":
+            yield {"prompt": asked, "completion": answer, "label": number % 2 == 0}
+        elif kind in {"dpo", "orpo", "simpo", "reward"}:
+            yield {"prompt": asked, "chosen": answer, "rejected": said(whole * 2 / 3)}
+        else:
+            yield {"prompt": asked, "completion": answer}
+
+
+if __name__ == "__main__":
+    main()
