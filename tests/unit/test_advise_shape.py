@@ -39,6 +39,8 @@ def test_counts_are_those_of_the_model_itself(name: str) -> None:
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
     assert shape.groups["biases"] == biases
+    inside = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n or ".h." in n)
+    assert shape.blocks == inside
 
 
 @pytest.mark.parametrize("name", SMALL)

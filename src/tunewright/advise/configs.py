@@ -164,11 +164,11 @@ def _feed_forward(name: str, hidden: int, inner: int, count: int, bias: bool = F
 def _mixture(config: Tree, layers: int) -> Experts | None:
     if config["model_type"] == "mixtral":
         inner = config["intermediate_size"]
-        return Experts(config["num_experts"], config["num_experts_per_tok"], inner, layers)
+        return Experts(config["num_experts"], config["num_experts_per_tok"], inner, tuple(range(layers)))
     if not config["model_type"].endswith("_moe"):
         return None
     step, plain = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
-    sparse = sum(1 for i in range(layers) if i not in plain and (i + 1) % step == 0)
+    sparse = tuple(i for i in range(layers) if i not in plain and (i + 1) % step == 0)
     return Experts(
         config["num_experts"], config["num_experts_per_tok"], config["moe_intermediate_size"], sparse
     )

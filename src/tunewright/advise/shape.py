@@ -28,7 +28,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture's feed-forward layers: ``each`` experts of width ``inner`` in ``layers`` blocks, ``active`` for a token.
+    """A mixture's feed-forward layers: ``each`` experts of width ``inner`` in some blocks, ``active`` for a token.
 
     transformers holds them as three-dimensional weights, which are no linear layers: adapters leave them alone.
     """
@@ -36,7 +36,13 @@ class Experts:
     each: int
     active: int
     inner: int
-    layers: int
+    blocks: tuple[int, ...]
+    """Numbers of the blocks that have them; the others are dense."""
+
+    @property
+    def layers(self) -> int:
+        """How many blocks have them."""
+        return len(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,20 @@ class Shape:
             inside + self._experts(self.experts.active if self.experts else 0) + self.vocabulary * self.hidden
         )
 
+    def block(self, number: int) -> int:
+        """Parameters of one block, the first is 0."""
+        own = self.experts
+        sparse = bool(own and number in own.blocks)
+        absent = "mlp." if sparse else "shared."
+        linears = (n for n in self.linears if not n.name.startswith(absent))
+        norms = 2 * self.hidden * (1 + self.layer_norm) + 2 * self.head_size * self.head_norms
+        mixed = self._experts(own.each) // own.layers + own.each * self.hidden if own and sparse else 0
+        return sum(n.outputs * (n.inputs + n.bias) for n in linears) + norms + mixed
+
     @property
     def blocks(self) -> int:
         """Parameters of all blocks together."""
-        own = self.groups
-        return self.parameters - own["embedding"] - own["head"] - self.hidden * (1 + self.layer_norm)
+        return sum(map(self.block, range(self.layers)))
 
     @property
     def keys_and_values(self) -> int:
