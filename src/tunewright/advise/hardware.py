@@ -45,6 +45,8 @@ class Device:
     bf16: bool = True
     here: bool = False
     """Whether it is the machine at hand."""
+    is_host: bool = False
+    """Whether its memory is the host's own."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,13 @@ def here() -> Fleet:
     from tunewright.advise.measured import rates
 
     found, process = rates(), int(facts["process"]["here"] * _GB)
-    rate = max(found.bf16, found.fp32)
     name = (
         f"{machine.processor()} ({machine.cores()} cores{''.join(f', {u}' for u in instruction_sets()[:1])})"
     )
     share = facts["utilisation"]["here"]
-    device = Device(name, free_memory(), rate, found.copy, found.copy, share, process, here=True)
+    device = Device(
+        name, free_memory(), found.bf16, found.copy, found.copy, share, process, here=True, is_host=True
+    )
     return Fleet(1, device)
 
 
