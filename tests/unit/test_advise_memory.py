@@ -93,6 +93,13 @@ def test_a_second_model_is_held_where_one_is_asked_for(method: str, objective: s
     assert estimate(LLAMA, Choice(method, objective)).cache == expected + answers
 
 
+def test_measuring_counts_where_training_takes_less() -> None:
+    assert estimate(LLAMA, Choice("full")).evaluation == 0
+    gpt2 = configs.named("gpt2")
+    checkpointed = Choice("prompt", micro_tokens=1024, checkpointing=True)
+    assert estimate(gpt2, checkpointed).evaluation > 0
+
+
 def test_tensor_parallelism_divides_weights_and_activations() -> None:
     whole = estimate(LLAMA, Choice("full"))
     part = Placement(8, tensor=8).divide(whole, LLAMA, Choice("full"))

@@ -16,6 +16,8 @@ _PLAIN_LOGITS = 2 + 4 + 4
 """Bytes for each logit otherwise: bf16, its fp32 copy and the gradient of that."""
 _MOMENTS = 8
 """AdamW's two fp32 moments of a number (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+_ANSWER = 64
+"""Tokens of an answer that is measured, by default."""
 ON_POLICY = ("ppo", "grpo", "rloo")
 """Objectives that learn from the model's own answers."""
 
@@ -102,7 +104,7 @@ def estimate(shape: Shape, choice: Choice, process: float = 0.0) -> Parts:
     added = 0 if family.within else count
     if choice.method == "bitfit":
         added = count - shape.groups["biases"]
-    return Parts(
+    parts = Parts(
         weights=_base(shape, choice) + held.weight * added,
         gradients=held.gradient * count,
         optimizer=(held.master + _MOMENTS) * count,
@@ -111,6 +113,17 @@ def estimate(shape: Shape, choice: Choice, process: float = 0.0) -> Parts:
         cache=_reference(shape, choice, count) + _rollouts(shape, choice),
         process=process,
     )
+    return replace(parts, evaluation=_evaluation(shape, choice, parts))
+
+
+def _evaluation(shape: Shape, choice: Choice, parts: Parts) -> float:
+    """What measuring takes of one row beyond what training has freed by then: its logits, or keys and values while it
+    is answered. More rows are measured together only where there is room (see ``models/memory.py``).
+    """
+    held = HELD[choice.precision].activation
+    answer = held * shape.keys_and_values * (choice.length + _ANSWER)
+    measured = max(answer, choice.length * shape.vocabulary * _PLAIN_LOGITS)
+    return max(0.0, measured - parts.activations - parts.logits - parts.gradients)
 
 
 def _base(shape: Shape, choice: Choice) -> float:

@@ -55,7 +55,7 @@ class Placement:
         gathered = 2 * layer_bytes(shape, choice) / split if self.zero == 3 and self.copies > 1 else 0.0
         found = parts.scaled(
             weights=1 / weights, gradients=1 / states, optimizer=0 if self.offload else 1 / states,
-            activations=1 / self.tensor, logits=1 / self.tensor, cache=1 / split,
+            activations=1 / self.tensor, logits=1 / self.tensor, cache=1 / split, evaluation=1 / self.tensor,
         )  # fmt: skip
         return Parts(**{**vars(found), "weights": found.weights + gathered})
 
