@@ -15,6 +15,7 @@ from tunewright.advise import configs, facts
 from tunewright.core.errors import UserError
 from tunewright.recipes.schema import DataFile
 
+ROOT = Path(__file__).parents[2]
 PICO = configs.folder("builtin:pico")
 PAIR = {"prompt": "Which unit?", "chosen": "Crates of twelve.", "rejected": "No idea."}
 TALK = {"prompt": "Which unit do we ship in?", "completion": "Crates of twelve."}
@@ -125,6 +126,14 @@ def test_a_size_without_weights_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         found.write(tmp_path / "advised.yaml", "en")
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(("page", "language"), [("README.md", "en"), ("README.zh-CN.md", "zh")])
+def test_the_readme_shows_what_is_printed(page: str, language: str) -> None:
+    asked = ["advise", "model=shape:llama-2-70b", "devices=8xH200", "--lang", language]
+    told = CliRunner().invoke(cli.app, asked).output
+    ending = told[told.index({"en": "Choice:", "zh": "选择："}[language]) :]
+    assert f"```text\n{ending}```" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_all_mistakes_are_told_at_once() -> None:

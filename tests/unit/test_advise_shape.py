@@ -116,3 +116,14 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError):
         configs.find(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": 1 << 31}, {"head_dim": "wide"}, {"num_key_value_heads": 2.5}, {"mlp_only_layers": 3},
+     {"hidden_size": True}, {"max_position_embeddings": [1]}, {"vocab_size": 1 << 40}],
+)  # fmt: skip
+def test_sizes_that_no_model_has_are_refused(changes: dict[str, Any]) -> None:
+    good = configs.table("shapes.yaml")["llama-2-7b"]["config"]
+    with pytest.raises(ModelError, match=next(iter(changes))):
+        configs.from_config({**good, **changes}, "odd")

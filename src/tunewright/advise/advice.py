@@ -79,8 +79,9 @@ def _asked(situation: Situation, say: _Said) -> list[str]:
             f"{rows} 行{_KINDS[data.kind]}，{tokens} 个词元（{about}），中位数 {data.median}，95 分位 {data.p95}，"
             f"最长 {data.longest}；重复 {data.duplicates} 行，有问题 {data.problems} 行",
         )
-    return [say("model", "模型") + f"    {situation.shape}", say("data", "数据") + f"     {told}",
-            say("devices", "设备") + f"  {situation.fleet}"]  # fmt: skip
+    labels = (say("model", "模型"), say("data", "数据"), say("devices", "设备"))
+    texts = (str(situation.shape), told, str(situation.fleet))
+    return [f"{_padded(label, 8, False)} {text}" for label, text in zip(labels, texts, strict=True)]
 
 
 def _table(plans: Sequence[Plan], say: _Said) -> list[str]:
@@ -112,7 +113,7 @@ def _padded(text: str, width: int, right: bool) -> str:
 def _parts(plan: Plan, say: _Said) -> list[str]:
     """Where the memory of a device goes, and the dials."""
     parts = {_NAMES[name][say.index]: size for name, size in plan.parts.to_json().items() if size}
-    held = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items())
+    held = say(", ", "，").join(f"{name} {human_bytes(size)}" for name, size in parts.items())
     micro, length = plan.choice.micro_tokens, plan.choice.length
     step = say(
         f"{plan.batch:,} tokens a step, {micro:,} at a time on a device, rows of up to {length}, "

@@ -18,6 +18,9 @@ NAMED = "shape:"
 _BUILTIN = "builtin:"
 _LARGEST = 1 << 20
 """Bytes of a config.json; real ones have a few thousand."""
+_OPTIONAL = ("head_dim", "num_key_value_heads", "n_inner", "intermediate_size", "decoder_sparse_step",
+             "max_position_embeddings")  # fmt: skip
+_LAYERS, _MOST_LAYERS = ("num_hidden_layers", "num_layers", "n_layer"), 10_000
 
 
 def table(name: str) -> Any:
@@ -106,11 +109,12 @@ def from_config(config: Tree, name: str) -> Shape:
         raise ModelError(Problem("model", what, f"known are {', '.join(sorted(KINDS))}"))
     needed, make = KINDS[kind]
     bad = [key for key in needed if not _is_size(config.get(key))]
+    bad += [key for key in _OPTIONAL if key not in bad and not _is_size(config.get(key) or 1)]
+    bad += [key for key in _LAYERS if key not in bad and (config.get(key) or 0) > _MOST_LAYERS]
+    bad += [] if isinstance(config.get("mlp_only_layers") or [], list) else ["mlp_only_layers"]
     if bad:
         raise ModelError(
-            Problem(
-                name, f"{key} is {config.get(key)!r}, expected a positive whole number", "see config.json"
-            )
+            Problem(name, f"{key} is {str(config.get(key))[:40]}, expected a usual size", "see config.json")
             for key in bad
         )
     return make(config, name)

@@ -260,8 +260,10 @@ def _placement(situation: Situation, plan: Plan) -> Words:
     """Why it is placed so."""
     count, name = plan.placement.devices, plan.placement.name
     waiting = pace(situation.shape, plan.choice, plan.placement, situation.fleet, plan.batch).waiting
+    told = f"{waiting:.0%}" if waiting >= 0.005 else ""
     return Words(
-        f"Over {count} devices: {name} is the simplest placement that fits and is not held up by its links; "
-        f"{waiting:.0%} of the time is sending alone.",
-        f"在 {count} 个设备上，{name} 是放得下且不受通信拖累的最简单方案；有 {waiting:.0%} 的时间只在通信。",
+        f"Over {count} devices: {name} is the simplest placement that fits, and none is twice as fast"
+        + (f"; devices wait for one another {told} of the time." if told else "."),
+        f"在 {count} 个设备上，{name} 是放得下的最简单方案，没有别的方案快一倍以上"
+        + (f"；有 {told} 的时间在互相等待。" if told else "。"),
     )

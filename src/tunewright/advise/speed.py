@@ -18,7 +18,7 @@ class Pace:
     operations: float
     """For a token."""
     waiting: float
-    """Share of the time in which devices only send."""
+    """Share of the time in which devices neither compute nor draw: they send, or wait for a stage."""
 
 
 def operations(shape: Shape, choice: Choice) -> float:
@@ -72,7 +72,7 @@ def pace(shape: Shape, choice: Choice, placement: Placement, fleet: Fleet, batch
     drawing = _drawing(shape, choice, tokens, fleet, placement)
     busy = (work + inside + drawing) / (1 - placement.bubble(passes))
     seconds = max(busy, sending) + hosted
-    waiting = 1 - work / seconds
+    waiting = 1 - (work + drawing) / seconds
     return Pace(tokens * placement.copies / seconds, operations(shape, choice), waiting)
 
 
