@@ -209,7 +209,8 @@ WORDS: dict[str, dict[str, str]] = {
         "4. The rules below add scores. What does not fit comes last, whatever its score.\n"
         "5. Finished runs in `runs/` (or `runs=FOLDER`) of the same model and the same files overrule this: two methods or more "
         "are ordered by their measured held-out loss, and what ran on this machine shows its measured speed and memory.\n"
-        "6. `--apply FILE` writes the recipe, each dial with its reason.",
+        "6. `--apply FILE` writes the recipe of the choice, each dial with its reason; what advice does not decide (held-out data, "
+        "measurements, regularizers) stays as the recipe has it. Of several stages it is the first, or `stage=NAME`.",
         "limits": "A fleet is a plan: recipes have no dial for placement. Memory of a host that state is offloaded to is told and "
         "not checked. Speed is operations over a share of the data sheet's rate (0.4; on this machine 0.35 of the rate "
         "measured), so read it as within a factor of two. Small models are faster on a CPU than that share says, and a "
@@ -234,7 +235,7 @@ WORDS: dict[str, dict[str, str]] = {
         "每个设备留出十分之一。若另一方案快一倍以上，则不取较简单的那个。\n"
         "4. 下面的规则给方法加分；放不下的方法无论得分多少都排在最后。\n"
         "5. `runs/`（或 `runs=目录`）中同一模型、同一数据的已完成运行优先于规则：有两种以上方法时按实测留出损失排序；在本机运行过的显示实测速度和内存。\n"
-        "6. `--apply 文件` 写出配方，每个设置都注明理由。",
+        "6. `--apply 文件` 写出所选方法的配方，每个设置都注明理由；不由建议决定的部分（留出数据、评测、正则项）保持原样。有多个阶段时取第一个，或 `stage=名称`。",
         "limits": "多设备只是规划：配方里没有部署的设置。卸载所需的主机内存只作说明，不检查。速度等于运算量除以标称速率的一部分"
         "（0.4；本机为实测速率的 0.35），误差按两倍以内理解。小模型在 CPU 上比这个比例更快；进程实际占用的内存还包括分配器保留的部分。",
         "rules": "## 规则", "rules_note": "来自 `advise/rules.yaml`。书名号中是规则出处的文档标题。",

@@ -92,7 +92,8 @@ def test_a_recipe_keeps_what_it_says_of_its_data(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         f"model: builtin:pico\ndata:\n  train: [{{path: '{first}', task: one}}, {{path: '{second}', task: two}}]\n"
-        "  valid_share: 0.2\nstages: [{name: first}, {name: second, model: 'stage:first', objective: dpo}]\n"
+        "  valid_share: 0.2\nevaluate: {max_new_tokens: 7}\nregularizers: l2sp\nobjective: {name: sft, neftune: 5}\n"
+        "stages: [{name: first}, {name: second, model: 'stage:first', objective: dpo}]\n"
     )
     found = advise.answer(str(recipe), ["devices=1x8GB", "stage=first"])
     assert found.plans[0].method == "multi_task"
@@ -101,6 +102,7 @@ def test_a_recipe_keeps_what_it_says_of_its_data(tmp_path: Path) -> None:
     assert stage.data.valid_share == 0.2
     assert [file.task for file in stage.data.train] == ["one", "two"]
     assert stage.method["tasks"] == ["one", "two"]
+    assert (stage.evaluate.max_new_tokens, stage.objective["neftune"], len(stage.regularizers)) == (7, 5, 1)
     second_stage = advise.answer(str(recipe), ["devices=1x8GB", "stage=second"])
     assert (second_stage.question.situation.model, second_stage.plans[0].choice.objective) == (
         "builtin:pico",

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,8 @@ class Question:
     data: DataConfig | None
     runs: Path
     """The folder of runs that may have measured what is asked."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """The stage as the recipe has it."""
 
 
 def ask(recipe: str, pairs: Iterable[str]) -> Question:
@@ -61,7 +63,7 @@ def ask(recipe: str, pairs: Iterable[str]) -> Question:
     if found or shape is None or looked is None or fleet is None or deadline is None:
         raise UserError(dict.fromkeys(found))
     situation = Situation(model, shape, fleet, looked, goal, deadline, objective)
-    return Question(situation, data, Path(own.get("runs") or "runs"))
+    return Question(situation, data, Path(own.get("runs") or "runs"), tree)
 
 
 def _tried(work: Callable[[], Found], found: list[Problem]) -> Found | None:

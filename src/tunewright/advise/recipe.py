@@ -12,7 +12,9 @@ from tunewright.advise.question import Question
 from tunewright.core.errors import Problem, UserError
 from tunewright.core.units import human_bytes, human_seconds
 from tunewright.core.words import Words
+from tunewright.recipes.schema import as_choice
 
+Tree = dict[str, Any]
 Line = tuple[str, Words]
 """A line of YAML, and why it is there."""
 
@@ -68,12 +70,23 @@ def _top(question: Question, plan: Plan) -> Iterator[Line]:
         f"method: {_flow({'name': plan.method, **choice.options})}",
         Words(f"trains {share:.3%} of the parameters", f"训练 {share:.3%} 的参数"),
     )
-    labels = {"labels": list(situation.data.labels)} if choice.objective == "classification" else {}
     yield (
-        f"objective: {_flow({'name': choice.objective, **labels})}",
+        f"objective: {_flow(_objective(question, choice.objective))}",
         Words(f"the rows are {situation.data.kind}", f"数据类型：{situation.data.kind}"),
     )
     yield f"precision: {choice.precision}", _WHY[choice.precision]
+    for key in _KEPT:
+        if key in question.written:
+            yield f"{key}: {_flow(question.written[key])}", _WHY["kept"]
+
+
+def _objective(question: Question, name: str) -> Tree:
+    """With the options that the recipe gives it; the classes of a classification are those of the data."""
+    written = as_choice(question.written.get("objective"), "objective")
+    if isinstance(written, dict) and written.get("name") == name:
+        return written
+    labels = {"labels": list(question.situation.data.labels)} if name == "classification" else {}
+    return {"name": name, **labels}
 
 
 def _training(plan: Plan) -> Iterator[Line]:
@@ -93,7 +106,10 @@ def _training(plan: Plan) -> Iterator[Line]:
         yield "  eval_every: 50", _WHY["eval_every"]
 
 
+_KEPT = ("regularizers", "optimizer", "fast", "evaluate", "trust_remote_code")
+"""What advice does not decide stays as the recipe has it."""
 _WHY = {
+    "kept": Words("as in the recipe", "保持原配方"),
     "whole": Words("no row is cut", "没有行会被截断"),
     "cut": Words("19 of 20 rows are not cut", "95% 的行不会被截断"),
     "bf16": Words("half the memory of fp32, the same range", "内存为 fp32 的一半，数值范围相同"),
