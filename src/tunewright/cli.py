@@ -38,6 +38,13 @@ class Listed(StrEnum):
     schema = "schema"
 
 
+class Language(StrEnum):
+    """What answers are written in."""
+
+    en = "en"
+    zh = "zh"
+
+
 def _say(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
@@ -92,6 +99,27 @@ def run(
         _say({"run": str(finished.folder), "status": "finished", "results": finished.results})
     else:
         typer.echo(f"Report: {finished.report}\nNext:   tunewright chat {finished.folder}")
+
+
+@app.command()
+def advise(
+    asked: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...")] = None,
+    apply: Annotated[
+        Path | None, typer.Option("--apply", help="Write the recipe of the choice here.")
+    ] = None,
+    lang: Annotated[Language, typer.Option("--lang", help="Language of the answer.")] = Language.en,
+    as_json: Json = False,
+) -> None:
+    """Which method fits model, data and devices: model=FOLDER data=my.jsonl goal=memory devices=1x24GB deadline=2h."""
+    from tunewright import advise as advisors
+
+    recipe, *pairs = asked if asked and "=" not in asked[0] else ["", *(asked or [])]
+    answer = advisors.answer(recipe, pairs)
+    if apply:
+        answer.write(apply, lang.value)
+    _say(answer.to_json()) if as_json else typer.echo("\n".join(answer.lines(lang.value)))
+    if apply and not as_json:
+        typer.echo(f"Wrote {apply}\nNext:   tunewright run {apply}")
 
 
 @app.command()

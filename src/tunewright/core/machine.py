@@ -21,7 +21,7 @@ def hardware() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"processor": _processor(), "cores": cores(), "memory": memory, "accelerators": gpus}
+    return {"processor": processor(), "cores": cores(), "memory": memory, "accelerators": gpus}
 
 
 def cores() -> int:
@@ -60,10 +60,11 @@ def identity() -> dict[str, Any]:
     import torch
 
     gpus = hardware()["accelerators"]
-    return {"processor": _processor(), "threads": torch.get_num_threads(), "accelerators": gpus}
+    return {"processor": processor(), "threads": torch.get_num_threads(), "accelerators": gpus}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as its maker gives it."""
     lines = _read(Path("/proc/cpuinfo")).splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

@@ -28,8 +28,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
 
     Raises RecipeError with every problem of every stage.
     """
-    tree = dict(source) if isinstance(source, Mapping) else reading.read_file(Path(source))
-    tree = _override(_spelled_out(tree), _pairs(overrides))
+    tree = _tree(source, overrides)
     name = "run" if isinstance(source, Mapping) else Path(source).stem
     found: list[Problem] = []
     trees = _stage_trees(tree, found)
@@ -43,6 +42,24 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     if found or recipe is None:
         raise RecipeError(found, (raw for raw, _ in trees))
     return recipe.model_copy(update={"stages": tuple(good), "eval": last})
+
+
+def _tree(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> Tree:
+    """What is written, with overrides applied and shorthands spelled out."""
+    tree = dict(source) if isinstance(source, Mapping) else reading.read_file(Path(source))
+    return _override(_spelled_out(tree), _pairs(overrides))
+
+
+def stage_trees(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> list[Tree]:
+    """Each stage as it is written, over what the recipe says for all; no plugin is imported, nothing validated.
+
+    RecipeError if the file cannot be read, or has keys that no recipe has.
+    """
+    found: list[Problem] = []
+    trees = [tree for tree, _ in _stage_trees(_tree(source, overrides), found)]
+    if found:
+        raise RecipeError(found)
+    return trees
 
 
 def _eval(tree: Tree, names: list[str], wrong: set[Any], found: list[Problem]) -> Eval | None:

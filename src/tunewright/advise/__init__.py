@@ -1,0 +1,45 @@
+"""Which method fits the model, the data and the hardware, computed before anything runs. Nothing here needs torch,
+but for measuring the machine at hand.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.advise import advice, past, recipe
+from tunewright.advise.plan import Plan, plans
+from tunewright.advise.question import Question, ask
+from tunewright.core import store
+
+__all__ = ["Answer", "answer"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Plans for what was asked, best first."""
+
+    question: Question
+    plans: tuple[Plan, ...]
+
+    def lines(self, language: str) -> list[str]:
+        """For people, ``en`` or ``zh``."""
+        return advice.lines(self.question.situation, self.plans, language)
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return advice.to_json(self.question.situation, self.plans)
+
+    def write(self, path: Path, language: str) -> None:
+        """The recipe of the best plan. UserError where a recipe cannot be made of it."""
+        store.write_text(path, recipe.text(self.question, self.plans[0], language, f"runs/{path.stem}"))
+
+
+def answer(file: str, pairs: Iterable[str]) -> Answer:
+    """Advice for a recipe file (or none) and ``key=value`` pairs. UserError with every problem."""
+    question = ask(file, pairs)
+    situation = question.situation
+    measured = (
+        past.measured(question.runs, situation.model, situation.data.sha256) if situation.data.sha256 else {}
+    )
+    return Answer(question, tuple(plans(situation, measured)))

@@ -1,0 +1,269 @@
+"""Plans: for each method where it runs and what it takes, best first, with the reasons."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tunewright.advise import trained
+from tunewright.advise.memory import ON_POLICY, Choice, Parts, estimate
+from tunewright.advise.past import Measured
+from tunewright.advise.placement import HEADROOM, Placement, fits, simplest
+from tunewright.advise.rules import Rule, holding
+from tunewright.advise.situation import Situation
+from tunewright.advise.speed import pace
+from tunewright.core.units import human_bytes, human_count, human_seconds
+from tunewright.core.words import Words
+
+_LEAST_BATCH, _MOST_BATCH = 2048, 1 << 17
+_ROWS = 32
+"""Rows of an optimizer step."""
+_STEPS = 50
+"""At least so many steps should be made, if the data allows it."""
+_LATE = -5
+"""Score of a plan that does not end in time."""
+_SMALL = 50_000_000
+_MOST_MICRO = 4096
+"""Tokens in a forward pass beyond which matrix units gain nothing more."""
+_TWICE = 2.0
+"""So much faster must a placement be for a simpler one to be passed over."""
+_FASTER = 10.0
+"""Small models take ten times the default rate: the best of three in docs/methods.md, for most methods."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to train, and what it takes."""
+
+    choice: Choice
+    placement: Placement
+    parts: Parts
+    """Of one device."""
+    fits: bool
+    tokens_per_second: float
+    hours: float
+    trainable: int
+    artifact_bytes: int
+    batch: int
+    """Tokens of an optimizer step."""
+    epochs: float
+    lr: float
+    score: int = 0
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Dials that rules ask for."""
+    reasons: tuple[Words, ...] = ()
+    measured: Measured | None = None
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+        return self.choice.method
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device: measured where it was, else predicted."""
+        return self.measured.peak_memory if self.measured and self.measured.here else self.parts.total
+
+
+def plans(situation: Situation, past: Mapping[str, Measured] | None = None) -> list[Plan]:
+    """One for each method, best first: what fits comes before what does not, then what was measured to be best, then
+    what rules prefer, then what is fastest.
+    """
+    past, tasks = past or {}, situation.data.tasks
+    names = [name for name in trained.FAMILIES if name != "multi_task" or len(tasks) > 1]
+    objective = situation.objective or "sft"
+    first = {name: _plan(situation, name, objective, ()) for name in names}
+    rules = holding(
+        situation, {name for name, plan in first.items() if plan.fits and not plan.placement.offload}
+    )
+    asked = next((rule.objective for rule in rules if rule.objective), "")
+    objective = situation.objective or asked or "sft"
+    found = [_told(situation, _plan(situation, name, objective, rules), rules, past) for name in names]
+    return sorted(found, key=_rank(found, past))
+
+
+def _rank(found: list[Plan], past: Mapping[str, Measured]) -> Any:
+    """Losses that were measured overrule rules once there are two to compare."""
+    losses = sorted(own.loss for own in past.values() if own.method in {plan.method for plan in found})
+    best = max(plan.score for plan in found)
+
+    def key(plan: Plan) -> tuple[bool, float, float]:
+        own = past.get(plan.method)
+        order = -plan.score
+        if own and len(losses) > 1:
+            order = -best - len(losses) + losses.index(own.loss)
+        return not plan.fits, order, plan.hours
+
+    return key
+
+
+def _plan(situation: Situation, method: str, objective: str, rules: list[Rule] | tuple[()]) -> Plan:
+    data, shape, fleet = situation.data, situation.shape, situation.fleet
+    options = {key: value for rule in rules for key, value in rule.options.get(method, {}).items()}
+    options |= {"tasks": data.tasks} if method == "multi_task" else {}
+    choice = Choice(
+        method, objective, "bf16" if fleet.device.bf16 else "fp16", length=situation.length, options=options
+    )
+    epochs = _epochs(situation, objective)
+    batch = _batch(situation, epochs)
+    choice, placement, parts = _placed(situation, choice, batch)
+    batch = max(batch, choice.micro_tokens * placement.copies)
+    rate = pace(shape, choice, placement, fleet, batch).tokens_per_second
+    return Plan(
+        choice, placement, parts, fits(parts, fleet.device.memory), rate, data.tokens * epochs / rate / 3600,
+        trained.count(method, shape, options), trained.saved_bytes(method, shape, options, choice.precision),
+        batch, epochs, choice.family.lr * (_FASTER if shape.parameters < _SMALL else 1),
+    )  # fmt: skip
+
+
+def _epochs(situation: Situation, objective: str) -> float:
+    """Passes over the data: one where there is much or where a second would learn pairs by heart."""
+    if objective == "sft" and situation.data.rows < 50_000:
+        return 3.0 if situation.data.rows >= 1000 else 5.0
+    return 1.0
+
+
+def _batch(situation: Situation, epochs: float) -> int:
+    """Tokens of a step, a power of two: some dozen rows, fewer if there would be too few steps."""
+    data = situation.data
+    rows = _ROWS * data.tokens / max(1, data.rows)
+    most = max(_LEAST_BATCH, min(rows, data.tokens * epochs / _STEPS, _MOST_BATCH))
+    return max(1 << round(math.log2(most)), _power(situation.length))
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << max(3, math.ceil(math.log2(number)))
+
+
+def _placed(situation: Situation, choice: Choice, batch: int) -> tuple[Choice, Placement, Parts]:
+    """The simplest placement that fits, unless it waits for its links so long that another is twice as fast.
+
+    Where nothing fits it is what comes nearest.
+    """
+    placements = [
+        place
+        for place in simplest(situation.shape, situation.fleet)
+        if choice.family.within or not place.offload
+    ]  # the state of an adapter is too small to be worth moving
+    found = [_largest(situation, choice, placement, batch) for placement in placements]
+    memory = situation.fleet.device.memory
+    fitting = [one for one in found if fits(one[2], memory)]
+    if not fitting:
+        return min(found, key=lambda one: one[2].total)
+    best = fitting[0]
+    for one in fitting[1:]:
+        if not one[1].offload and _rate(situation, one, batch) > _TWICE * _rate(situation, best, batch):
+            best = one
+    return best
+
+
+def _rate(situation: Situation, placed: tuple[Choice, Placement, Parts], batch: int) -> float:
+    choice, placement, _ = placed
+    return pace(situation.shape, choice, placement, situation.fleet, batch).tokens_per_second
+
+
+def _largest(
+    situation: Situation, choice: Choice, placement: Placement, batch: int
+) -> tuple[Choice, Placement, Parts]:
+    """With the largest micro-batch that fits, without checkpointing if that is possible; else with the least of all."""
+    device = situation.fleet.device
+    for option in _options(situation, choice, placement, batch):
+        parts = placement.divide(estimate(situation.shape, option, device.process), situation.shape, option)
+        if fits(parts, device.memory):
+            break
+    return option, placement, parts
+
+
+def _options(situation: Situation, choice: Choice, placement: Placement, batch: int) -> Iterator[Choice]:
+    least = _power(situation.length)
+    largest = max(least, min(_MOST_MICRO, batch // placement.copies))
+    sizes = (
+        [least] if situation.goal == "memory" else [largest >> i for i in range(32) if largest >> i >= least]
+    )
+    for checkpointing in (False, True):
+        for size in sizes:
+            yield replace(choice, micro_tokens=size, checkpointing=checkpointing)
+
+
+def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str, Measured]) -> Plan:
+    """The plan with its score and reasons, and with figures that were measured in place of predicted ones."""
+    said = [rule for rule in rules if rule.scores.get(plan.method) or _always(rule)]
+    reasons = [rule.words for rule in sorted(said, key=lambda rule: -rule.scores.get(plan.method, 0))]
+    score = sum(rule.scores.get(plan.method, 0) for rule in rules)
+    own = past.get(plan.method)
+    if own:
+        reasons.insert(0, _as_measured(own))
+        if own.here and situation.fleet.device.here:
+            rate = own.tokens_per_second
+            hours = situation.data.tokens * plan.epochs / rate / 3600
+            plan = replace(plan, tokens_per_second=rate, hours=hours, measured=own)
+            plan = replace(plan, fits=own.peak_memory <= (1 - HEADROOM) * situation.fleet.device.memory)
+    if situation.deadline and plan.hours * 3600 > situation.deadline:
+        score += _LATE
+        reasons.append(_late(plan, situation.deadline))
+    train = {key: value for rule in said for key, value in rule.train.items()}
+    reasons += _consequences(situation, plan)
+    return replace(plan, score=score, reasons=tuple(reasons), train=train)
+
+
+def _always(rule: Rule) -> bool:
+    """Whether it is said of every method: it decides about something else."""
+    return bool(rule.objective) or not rule.scores
+
+
+def _as_measured(own: Measured) -> Words:
+    match = "" if own.exact_match is None else f", {own.exact_match:.1%}"
+    return Words(
+        f"Measured in {own.run}: held-out loss {own.loss:.3f}{match and f', exact match{match[1:]}'}; measurements "
+        "overrule rules.",
+        f"{own.run} 中实测：留出损失 {own.loss:.3f}{match and f'，完全匹配{match[1:]}'}；实测优先于规则。",
+    )
+
+
+def _late(plan: Plan, deadline: float) -> Words:
+    took, given = human_seconds(plan.hours * 3600), human_seconds(deadline)
+    return Words(
+        f"It takes {took}, more than the {given} that there are.", f"需要 {took}，超过给定的 {given}。"
+    )
+
+
+def _consequences(situation: Situation, plan: Plan) -> Iterator[Words]:
+    """What the numbers themselves say."""
+    need, there = human_bytes(plan.memory), human_bytes(situation.fleet.device.memory)
+    if not plan.fits:
+        yield Words(
+            f"It does not fit: {need} on a device of {there}, of which a tenth stays free.",
+            f"放不下：每个设备需要 {need}，而设备只有 {there}（其中十分之一留作余量）。",
+        )
+    if plan.choice.checkpointing:
+        yield Words(
+            "Activations are recomputed in the backward pass, else they would not fit.",
+            "反向传播时重算激活值，否则放不下。",
+        )
+    if plan.placement.devices > 1:
+        yield _placement(situation, plan)
+    if plan.placement.offload:
+        size = human_bytes(12.0 * plan.trainable)
+        yield Words(
+            f"Masters and moments lie in the host's memory, {size} in all, which must be there.",
+            f"优化器状态放在主机内存，共 {size}，须有这么多。",
+        )
+    if plan.choice.objective in ON_POLICY:
+        yield Words(
+            f"{human_count(plan.choice.answers)} answers are drawn at a time.",
+            f"每次同时生成 {human_count(plan.choice.answers)} 个回答。",
+        )
+
+
+def _placement(situation: Situation, plan: Plan) -> Words:
+    """Why it is placed so."""
+    count, name = plan.placement.devices, plan.placement.name
+    waiting = pace(situation.shape, plan.choice, plan.placement, situation.fleet, plan.batch).waiting
+    told = f"{waiting:.0%}" if waiting >= 0.005 else ""
+    return Words(
+        f"Over {count} devices: {name} is the simplest placement that fits, and none is twice as fast"
+        + (f"; devices wait for one another {told} of the time." if told else "."),
+        f"在 {count} 个设备上，{name} 是放得下的最简单方案，没有别的方案快一倍以上"
+        + (f"；有 {told} 的时间在互相等待。" if told else "。"),
+    )
