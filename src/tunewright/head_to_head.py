@@ -4,27 +4,30 @@ Methods are tried: every variant with every seed is a run of its own under ``tri
 reused. Runs and models are only asked: the same held-out rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tunewright import comparison, pipeline, trials, variants
+from tunewright import comparison, pipeline, sweeps, trials, variants
 from tunewright.comparison import Comparison
-from tunewright.core import events, lock, paths, store
+from tunewright.core import events, lock, paths, plugins, store
 from tunewright.core.errors import Problem, UserError
 from tunewright.core.units import human_seconds, parse_seconds
 from tunewright.evaluate import compare, latency
 from tunewright.evaluate.compare import Subject
 from tunewright.evaluate.standings import Entrant, Try
+from tunewright.jobs import Job
 from tunewright.recipes import Eval, EvaluateConfig, Recipe
 from tunewright.serve import speaker as speakers
+from tunewright.sweeps import Sweep
 from tunewright.train import guard
 from tunewright.trials import Plan, Tell
-from tunewright.variants import Sweep, Trial, Variant
+from tunewright.variants import Trial, Variant
 
 Tree = dict[str, Any]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -86,55 +89,83 @@ def of_methods(
         InterruptedRunError: a signal; the same command goes on from there.
     """
     name = "recipe" if isinstance(source, Mapping) else Path(source).stem
-    field, budget = _field(source, overrides, choice)
-    folder = paths.folder_to_make(out or f"runs/compare-{name}", "--out")
-    made = variants.check(field)
-    first = field[0].recipe.stages[0].train.seed
-    todo = [Trial(variant, first + n) for n in range(choice.seeds) for variant in field]
+    field = _field(source, overrides, choice, out or f"runs/compare-{name}")
+    folder, tried = field.folder, field.variants
     with guard.Preemption(), lock.sole_owner(folder, "--out"):
         store.recover(folder, ".*")
-        begun = trials.planned(folder, field, budget)
-        trials.check_begun(begun, todo, made)
-        plan, refused = trials.plan(begun, field, tell)
-        failed = trials.run_all(plan, todo, refused, tell)
-        entrants = [_entrant(folder, variant, [t for t in todo if t.variant is variant], failed, tell)
-                    for variant in field]  # fmt: skip
-        tell("writing the report")
-        compare.write(folder, _subject(name, field, choice, plan), entrants)
+        begun = trials.planned(folder, tried, field.budget)
+        trials.check_begun(begun, field.trials, field.jobs)
+        plan, refused = trials.plan(begun, tried, tell)
+        failed = trials.run_all(plan, field.trials, refused, tell)
+        entrants = [_entrant(folder, variant, field.of(variant), failed, tell) for variant in tried]
+        compare.write(folder, _subject(name, field, plan), entrants)
     return Compared(folder)
 
 
+@dataclass(frozen=True)
+class _Field:
+    """All that is tried, checked; ``budget`` is in seconds, 0 if there is none."""
+
+    folder: Path
+    variants: Sequence[Variant]
+    jobs: Mapping[str, Job]
+    trials: Sequence[Trial]
+    budget: float
+
+    def of(self, variant: Variant) -> list[Trial]:
+        return [trial for trial in self.trials if trial.variant is variant]
+
+
 def _field(
-    source: pipeline.Source, overrides: Iterable[str] | Mapping[str, Any], choice: Choice
-) -> tuple[list[Variant], float]:
-    """The variants and the budget in seconds. UserError with what is wrong with any of them."""
+    source: pipeline.Source, overrides: Iterable[str] | Mapping[str, Any], choice: Choice, out: str
+) -> _Field:
+    """UserError with all that is wrong with any of it."""
     found: list[Problem] = []
-    sweep: Sweep = {}
-    budget, base = 0.0, None
     if choice.seeds < 1:
         found.append(Problem("--seeds", f"{choice.seeds} is none", "1 or more"))
-    if choice.budget:
-        try:
-            budget = parse_seconds(choice.budget)
-        except ValueError as error:
-            found.append(Problem("--budget", str(error)))
-    try:
-        base = pipeline.load(source, overrides)
-    except UserError as error:
-        found += error.problems
-    try:
-        sweep = choice.sweep if isinstance(choice.sweep, Mapping) else variants.sweep_of(choice.sweep)
-    except UserError as error:
-        found += error.problems
-    field: list[Variant] = []
-    try:
-        found += [] if base else variants.unknown(choice.methods)
-        field = variants.of(base, choice.methods, sweep) if base else []
-    except UserError as error:
-        found += error.problems
-    if found:
+    folder = _tried(lambda: paths.folder_to_make(out, "--out"), found)
+    budget = _tried(lambda: _seconds(choice.budget), found)
+    base = _tried(lambda: pipeline.load(source, overrides), found)
+    sweep = (
+        choice.sweep
+        if isinstance(choice.sweep, Mapping)
+        else _tried(lambda: sweeps.parse(choice.sweep), found)
+    )
+    strange = variants.unknown(choice.methods)
+    methods = [name for name in choice.methods if name in plugins.names("methods")]
+    if base and not choice.methods:
+        methods = [str(base.stages[-1].method["name"])]
+    refused = sweeps.problems(sweep or {}, methods)
+    found += [*strange, *refused.values()]
+    made = (
+        list(variants.of(base, methods, {k: v for k, v in (sweep or {}).items() if k not in refused}))
+        if base
+        else []
+    )
+    found += [one for one in made if isinstance(one, Problem)]
+    good = [one for one in made if isinstance(one, Variant)]
+    checked = _tried(lambda: variants.check(good), found)
+    if found or folder is None or budget is None or checked is None:
         raise UserError(found)
-    return field, budget
+    first = good[0].recipe.stages[0].train.seed
+    todo = [Trial(variant, first + number) for number in range(choice.seeds) for variant in good]
+    return _Field(folder, good, checked, todo, budget)
+
+
+def _tried(make: Callable[[], Made], found: list[Problem]) -> Made | None:
+    """What is made, or None and one more reason."""
+    try:
+        return make()
+    except UserError as error:
+        found += error.problems
+        return None
+
+
+def _seconds(budget: str) -> float:
+    try:
+        return parse_seconds(budget) if budget else 0.0
+    except ValueError as error:
+        raise UserError(Problem("--budget", str(error))) from None
 
 
 def _entrant(
@@ -176,28 +207,27 @@ _LATENCY = (
 )
 
 
-def _subject(name: str, field: Sequence[Variant], choice: Choice, plan: Plan) -> Subject:
-    stage = field[0].recipe.stages[0]
-    rate = f"{stage.train.lr:g} for all, from the recipe" if stage.train.lr else "each method's own default"
-    data = ", ".join(file.path for file in stage.data.train)
-    first, last = stage.train.seed, stage.train.seed + choice.seeds - 1
+def _subject(name: str, field: _Field, plan: Plan) -> Subject:
+    stage = field.variants[0].recipe.stages[0]
+    seeds = sorted({trial.seed for trial in field.trials})
     facts = [
-        ("model", stage.model),
-        ("data", data),
-        ("seeds", str(first) if first == last else f"{first} to {last}"),
-    ]
-    facts += [("budget", f"{human_seconds(plan.budget)} of training each")] if plan.budget else []
+        ("model", stage.model), ("data", ", ".join(file.path for file in stage.data.train)),
+        ("seeds", str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"),
+    ]  # fmt: skip
     notes = [_LATENCY]
-    if not any(".lr" in variant.name for variant in field):
+    if len({variant.recipe.stages[0].train.lr for variant in field.variants}) == 1:
+        rate = (
+            f"{stage.train.lr:g} for all, from the recipe" if stage.train.lr else "each method's own default"
+        )
         notes.append(f"Learning rate: {rate}.")
     if plan.budget:
-        told = "; ".join(f"{variant}: {count:,}" for variant, count in plan.steps.items())
+        facts.append(("budget", f"{human_seconds(plan.budget)} of training each"))
+        told = "; ".join(f"{v.name}: {plan.steps[v.name]:,}" for v in field.variants if v.name in plan.steps)
         notes.append(
-            "Budget: a run of a few steps was timed for each, and the number of steps that fits is what each trial made, "
-            f"so that it comes out the same again. Steps: {told}."
+            "Budget: a run of a few steps was timed for each, and the number of steps that fits is what each trial "
+            f"makes, so that it comes out the same again. Steps: {told}."
         )
-    commands = [f"tunewright chat {plan.folder}/trials/{Trial(field[0], first).name}"]
-    return Subject(f"{name}: {len(field)} variants", facts, notes, commands)
+    return Subject(f"{name}: {len(field.variants)} variants", facts, notes)
 
 
 def of_models(models: Sequence[str], data: Sequence[str], out: str, tell: Tell) -> Compared:

@@ -131,16 +131,17 @@ def planned(folder: Path, variants: Sequence[Variant], budget: float) -> Plan:
     if not path.exists():
         return Plan(folder, budget, {})
     known = store.read_record(path)
-    if changed := [key for key in asked if known[key] != asked[key]]:
+    if changed := [key for key in asked if known.get(key) != asked[key]]:
         raise UserError(
-            Problem(f"--out: {key}", f"{folder} was begun with {known[key]!r}, now it is {asked[key]!r}", "give another --out")
+            Problem(f"--out: {key}", f"{folder} was begun with {known.get(key)!r}, now it is {asked[key]!r}", "give another --out")
             for key in changed
         )  # fmt: skip
     return Plan(folder, budget, known["steps"])
 
 
 def _asked(variants: Sequence[Variant], budget: float) -> Tree:
-    return {"budget": budget, "evaluate": variants[0].recipe.stages[0].evaluate.model_dump(mode="json")}
+    measured = variants[0].recipe.stages[0].evaluate.model_dump(mode="json")
+    return {"budget": budget, **{f"evaluate.{key}": value for key, value in measured.items()}}
 
 
 def plan(begun: Plan, variants: Sequence[Variant], tell: Tell) -> tuple[Plan, dict[str, str]]:

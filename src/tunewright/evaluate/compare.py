@@ -34,7 +34,6 @@ class Subject:
     facts: Sequence[tuple[str, str]]
     """What was the same for all."""
     notes: Sequence[str] = ()
-    commands: Sequence[str] = ()
 
 
 def write(folder: Path, subject: Subject, entrants: Sequence[Entrant]) -> Tree:
@@ -158,7 +157,8 @@ def _columns(found: Standings) -> Iterator[tuple[str, list[Tree]]]:
         yield "Held-out loss", Column("", losses, "{:.3f}".format, lower_is_better=True).cells()
     for title, path, shown, lower in _COSTS:
         values = [entrant.mean(*path) for entrant in entrants]
-        if any(value is not None for value in values):
+        known = {value for value in values if value is not None}
+        if len(known) > 1 or (known and title != "Steps"):
             yield title, Column(title, values, shown, lower).cells()
     if any(entrant.latency for entrant in entrants):
         yield "Latency", [_plain(_latency(entrant)) for entrant in entrants]
@@ -195,8 +195,8 @@ def _difference(found: Standings, entrant: Entrant) -> str:
     told = f"{scale * difference.mean:+.{digits}f}"
     if difference.low is None or difference.high is None:
         return told
-    clear = "" if found.is_behind(entrant) else ", may be chance"
-    return f"{told} ({scale * difference.low:+.{digits}f} to {scale * difference.high:+.{digits}f}{clear})"
+    reach = scale * (difference.high - difference.low) / 2
+    return f"{told} ± {reach:.{digits}f}{'' if found.is_behind(entrant) else ' (chance?)'}"
 
 
 def _latency(entrant: Entrant) -> str:

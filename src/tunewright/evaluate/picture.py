@@ -100,7 +100,7 @@ def _front(canvas: _Canvas, front: Frontier) -> None:
         canvas.line([(mark.x, mark.low), (mark.x, mark.high)], colour, 1.5)
         canvas.dot(mark.x, mark.y, colour, mark.efficient)
     for mark in front.marks:
-        left = mark.label_x < mark.x
+        left = mark.label_left
         canvas.text(mark.x, mark.label_y, mark.name, "rm" if left else "lm", (-12 if left else 12, 0), _INK)
 
 

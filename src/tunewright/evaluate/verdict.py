@@ -52,7 +52,7 @@ def _surety(standings: Standings) -> Iterator[Words]:
         yield Words(f"Over {seeds} seeds the difference of the two is {shown(low)} to {shown(high)} (95 %, paired).",
                     f"在 {seeds} 个种子上成对比较，两者之差为 {shown(low)} 至 {shown(high)}（95%）。")  # fmt: skip
     else:
-        yield Words(f"Over {seeds} seeds the difference of the two may be chance: its 95 % interval includes none.",
+        yield Words(f"Over {seeds} seeds the difference of the two may be chance: its 95 % interval includes zero.",
                     f"在 {seeds} 个种子上，两者之差可能出于偶然：95% 区间包含零。")  # fmt: skip
     if difference.is_clear and not standings.is_behind(second):
         count = second.done[0].stage["after"]["count"]
@@ -66,12 +66,21 @@ def _cheapest(standings: Standings) -> Iterator[Words]:
         return
     names = _list(peers)
     yield Words(f"Not told apart from the best: {names.en}.", f"与最好者无法区分：{names.zh}。")
-    for cost in (TIME, MEMORY):
-        priced = {e.name: price for e in peers if (price := e.mean(*cost.path)) is not None}
-        if priced:
-            name = min(priced, key=lambda one: priced[one])
-            yield Words(f"Of these {name} has the lowest {cost.name.en}: {cost.shown(priced[name])}.",
-                        f"其中 {name} 的{cost.name.zh}最低：{cost.shown(priced[name])}。")  # fmt: skip
+    cheap = [_least(peers, cost) for cost in (TIME, MEMORY)]
+    if told := [one for one in cheap if one]:
+        yield Words(
+            f"Of these, {'; '.join(one.en for one in told)}.", f"其中，{'；'.join(one.zh for one in told)}。"
+        )
+
+
+def _least(entrants: Sequence[Entrant], cost: Cost) -> Words | None:
+    """Who pays least."""
+    priced = {entrant.name: price for entrant in entrants if (price := entrant.mean(*cost.path)) is not None}
+    if not priced:
+        return None
+    name = min(priced, key=lambda one: priced[one])
+    told = cost.shown(priced[name])
+    return Words(f"{name} has the lowest {cost.name.en} ({told})", f"{name} 的{cost.name.zh}最低（{told}）")
 
 
 def _list(entrants: Sequence[Entrant]) -> Words:
@@ -105,9 +114,3 @@ def _failures(standings: Standings) -> Iterator[Words]:
             if one.reason:
                 yield Words(f"{entrant.name}, seed {one.seed}, failed: {one.reason}",
                             f"{entrant.name}（种子 {one.seed}）失败：{one.reason}")  # fmt: skip
-
-
-def of_cost(entrant: Entrant, cost: Cost) -> str:
-    """As it is written; a dash where it is not known."""
-    price = entrant.mean(*cost.path)
-    return "–" if price is None else cost.shown(price)
