@@ -19,7 +19,7 @@ from tunewright.evaluate import compare, latency
 from tunewright.evaluate.compare import Subject
 from tunewright.evaluate.standings import Entrant, Try
 from tunewright.jobs import Job
-from tunewright.recipes import Eval, EvaluateConfig, Recipe
+from tunewright.recipes import Eval, Recipe
 from tunewright.serve import speaker as speakers
 from tunewright.sweeps import Sweep
 from tunewright.train import guard
@@ -236,13 +236,7 @@ def of_models(models: Sequence[str], data: Sequence[str], out: str, tell: Tell) 
     Raises:
         UserError: all that keeps a model from being asked.
     """
-    config = Eval.model_validate(
-        {
-            "models": tuple(dict.fromkeys(models)),
-            "data": tuple(data),
-            "evaluate": EvaluateConfig(max_new_tokens=32),
-        }
-    )
+    config = Eval.model_validate({"models": tuple(dict.fromkeys(models)), "data": tuple(data)})
     folder = paths.folder_to_make(out or "runs/compare-models", "--out")
     found = list(comparison.problems(Recipe(output=str(folder), stages=(), eval=config), {}))
     if len(config.models) < 2:
@@ -253,7 +247,8 @@ def of_models(models: Sequence[str], data: Sequence[str], out: str, tell: Tell) 
         asked = Comparison(config, config.models, {}).make(
             folder, lambda model, done, of: tell(f"{model}: {done}/{of} answered")
         )
-        entrants = [_asked(folder, number, row, tell) for number, row in enumerate(asked["rows"])]
+        names = _names(config.models)
+        entrants = [_asked(folder, name, row, tell) for name, row in zip(names, asked["rows"], strict=True)]
         facts = [("data", ", ".join(data)), ("held-out samples", f"{asked['rows'][0]['samples']:,}")]
         compare.write(folder, Subject("Models side by side", facts, [_LATENCY]), entrants)
     return Compared(folder)
@@ -265,10 +260,17 @@ def _named(found: Iterable[Problem], models: Sequence[str]) -> Iterable[Problem]
     return [Problem(places.get(p.where, p.where.replace("eval.", "--")), p.what, p.fix) for p in found]
 
 
-def _asked(folder: Path, number: int, row: Tree, tell: Tell) -> Entrant:
+def _names(models: Sequence[str]) -> list[str]:
+    """The last parts of their paths, if those tell them apart."""
+    short = [Path(model).name for model in models]
+    return short if len(set(short)) == len(models) else list(models)
+
+
+def _asked(folder: Path, name: str, row: Tree, tell: Tell) -> Entrant:
     """A model with its scores now, and what making it took, if it is a run."""
-    name = row["model"]
-    run = Path(name)
+    run = Path(row["model"])
     made = _try(run, 0, "") if (run / "results.json").is_file() else Try(0, {})
     stage = {**made.stage, "before": {}, "after": row}
-    return Entrant(name, [Try(0, stage, made.log)], _latency(folder, f"model-{number}", name, tell))
+    return Entrant(
+        name, [Try(0, stage, made.log)], _latency(folder, variants.file_name(name), row["model"], tell)
+    )

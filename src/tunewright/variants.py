@@ -26,9 +26,8 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The name as that of a file, different for different names."""
-        plain = re.sub(r"[^A-Za-z0-9.+_]+", "-", self.name).strip("-")[:60]
-        return plain if _LOSSLESS.fullmatch(self.name) else f"{plain}-{store.sha256_json(self.name)[:6]}"
+        """Its name as that of a folder."""
+        return file_name(self.name)
 
     def at(self, output: str, evaluated: bool = True, **train: Any) -> Recipe:
         """The recipe of one run of it."""
@@ -50,6 +49,12 @@ class Trial:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.variant.folder}-seed-{self.seed}"
+
+
+def file_name(name: str) -> str:
+    """The name as a file can have it; more than words, numbers and commas adds a hash, so that names stay different."""
+    plain = re.sub(r"[^A-Za-z0-9.+_]+", "-", name).strip("-.")[:60]
+    return plain if _LOSSLESS.fullmatch(name) else f"{plain}-{store.sha256_json(name)[:6]}"
 
 
 def unknown(methods: Iterable[str]) -> list[Problem]:

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from tunewright.core.events import Event
-from tunewright.core.units import human_bytes, human_percent, human_seconds
+from tunewright.core.units import human_bytes, human_seconds
 from tunewright.core.words import Words
 from tunewright.evaluate.chance import Difference, margin, paired, share_error
 
@@ -115,7 +115,7 @@ class Standings:
         )
 
     def _measures(self) -> Iterator[Measure]:
-        yield Measure(Words("exact match", "完全正确率"), ("exact_match",), human_percent, is_share=True)
+        yield Measure(Words("exact match", "完全正确率"), ("exact_match",), "{:.1%}".format, is_share=True)
         worth: Tree = next((one.stage["after"].get("worth", {}) for e in self.entrants for one in e.done), {})
         for name in worth:
             short = Path(name).name

@@ -45,6 +45,8 @@ def _surety(standings: Standings) -> Iterator[Words]:
     difference, shown = standings.difference(second), standings.measure.shown
     if difference is None or difference.low is None or difference.high is None:
         yield Words("One seed: differences may be chance.", "只有一个种子：差别可能出于偶然。")
+        if difference is not None and abs(difference.mean) < standings.chance(second):
+            yield _few_questions(second)
         return
     seeds = len(set(second.scores(standings.measure)) & set(standings.ranked[0].scores(standings.measure)))
     low, high = sorted((abs(difference.low), abs(difference.high)))
@@ -55,9 +57,13 @@ def _surety(standings: Standings) -> Iterator[Words]:
         yield Words(f"Over {seeds} seeds the difference of the two may be chance: its 95 % interval includes zero.",
                     f"在 {seeds} 个种子上，两者之差可能出于偶然：95% 区间包含零。")  # fmt: skip
     if difference.is_clear and not standings.is_behind(second):
-        count = second.done[0].stage["after"]["count"]
-        yield Words(f"With {count:,} questions, a difference this small may be chance.",
-                    f"只有 {count:,} 个问题，这样小的差别可能出于偶然。")  # fmt: skip
+        yield _few_questions(second)
+
+
+def _few_questions(entrant: Entrant) -> Words:
+    count = entrant.done[0].stage["after"]["count"]
+    return Words(f"With {count:,} questions, a difference this small may be chance.",
+                 f"只有 {count:,} 个问题，这样小的差别可能出于偶然。")  # fmt: skip
 
 
 def _cheapest(standings: Standings) -> Iterator[Words]:
