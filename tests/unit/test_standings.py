@@ -78,6 +78,11 @@ def test_losses_decide_where_answers_do_not_and_lower_is_better():
     assert found.ranked[0].name == "b"
 
 
+def test_losses_may_tell_apart_what_answers_do_not():
+    a, b = entrant("a", 0.01, 0.03, loss=2.0), entrant("b", 0.0, 0.0, loss=6.0)
+    assert "By held-out loss a leads clearly: 2.000 ± 0.000, before b with 6.000 ± 0.000." in english(a, b)
+
+
 def test_rewards_come_after_exact_match():
     a, b = entrant("a", None, worth={"x.py:f": 1.0}), entrant("b", None, worth={"x.py:f": 2.0})
     assert Standings([a, b]).measure.name.en == "reward x.py:f"

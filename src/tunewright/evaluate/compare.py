@@ -157,9 +157,11 @@ def _columns(found: Standings) -> Iterator[tuple[str, list[Tree]]]:
         yield "Held-out loss", Column("", losses, "{:.3f}".format, lower_is_better=True).cells()
     for title, path, shown, lower in _COSTS:
         values = [entrant.mean(*path) for entrant in entrants]
-        known = {value for value in values if value is not None}
-        if len(known) > 1 or (known and title != "Steps"):
+        if any(value is not None for value in values):
             yield title, Column(title, values, shown, lower).cells()
+    steps = [entrant.mean("train", "steps") for entrant in entrants]
+    if any(steps):
+        yield "Steps", [_plain("–" if count is None else f"{count:,.0f}") for count in steps]
     if any(entrant.latency for entrant in entrants):
         yield "Latency", [_plain(_latency(entrant)) for entrant in entrants]
     for name in dict.fromkeys(name for e in entrants for name in e.forgotten()):
@@ -169,7 +171,6 @@ def _columns(found: Standings) -> Iterator[tuple[str, list[Tree]]]:
 
 _COSTS = (
     ("Training time", TIME.path, human_seconds, True),
-    ("Steps", ("train", "steps"), "{:,.0f}".format, False),
     ("Tokens/s", ("train", "tokens_per_second"), human_count, False),
     ("Peak memory", MEMORY.path, human_bytes, True),
     ("Trained share", ("parameters", "share"), human_percent, True),

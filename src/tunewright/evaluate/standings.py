@@ -46,6 +46,9 @@ class Measure:
         return _at(scores, self.path)
 
 
+LOSS = Measure(Words("held-out loss", "留出集损失"), ("loss",), "{:.3f}".format, lower_is_better=True)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a result is paid with; ``path`` leads to it in a stage's results."""
@@ -104,10 +107,14 @@ class Standings:
     """All entrants; those without a score stand last."""
 
     entrants: Sequence[Entrant]
+    by: Measure | None = None
+    """What decides, instead of the most telling measure."""
 
     @cached_property
     def measure(self) -> Measure:
         """Exact match where it was measured, else rewards, else held-out loss: the first that tells any two apart."""
+        if self.by:
+            return self.by
         known = [m for m in self._measures() if all(e.scores(m) for e in self.entrants if e.done)]
         return next(
             (m for m in known if len({m.shown(self.quality(e, m)) for e in self.entrants if e.done}) > 1),
@@ -120,7 +127,7 @@ class Standings:
         for name in worth:
             short = Path(name).name
             yield Measure(Words(f"reward {short}", f"奖励 {short}"), ("worth", name), "{:.3f}".format)
-        yield Measure(Words("held-out loss", "留出集损失"), ("loss",), "{:.3f}".format, lower_is_better=True)
+        yield LOSS
 
     def quality(self, entrant: Entrant, measure: Measure | None = None) -> float:
         """Its mean score over seeds."""

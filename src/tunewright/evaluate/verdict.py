@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from tunewright.core.words import Words
-from tunewright.evaluate.standings import MEMORY, TIME, Cost, Entrant, Standings
+from tunewright.evaluate.standings import LOSS, MEMORY, TIME, Cost, Entrant, Standings
 
 
 def sentences(standings: Standings) -> list[Words]:
@@ -11,7 +11,7 @@ def sentences(standings: Standings) -> list[Words]:
     ranked = standings.ranked
     if not ranked:
         return [Words("Nothing came to its end.", "没有一个完成。"), *_failures(standings)]
-    return [*_lead(standings), *_surety(standings), *_cheapest(standings), *_fronts(standings), *_memory(standings),
+    return [*_lead(standings), *_surety(standings), *_by_loss(standings), *_cheapest(standings), *_fronts(standings), *_memory(standings),
             *_failures(standings)]  # fmt: skip
 
 
@@ -58,6 +58,18 @@ def _surety(standings: Standings) -> Iterator[Words]:
                     f"在 {seeds} 个种子上，两者之差可能出于偶然：95% 区间包含零。")  # fmt: skip
     if difference.is_clear and not standings.is_behind(second):
         yield _few_questions(second)
+
+
+def _by_loss(standings: Standings) -> Iterator[Words]:
+    """Losses are finer than answers: they may tell apart what answers do not."""
+    other = Standings(standings.entrants, by=LOSS)
+    if len(other.ranked) < 2 or standings.measure == LOSS or standings.is_behind(standings.ranked[1]):
+        return
+    best, second = other.ranked[:2]
+    if other.is_behind(second):
+        low, high = _scored(other, best), _scored(other, second)
+        yield Words(f"By held-out loss {best.name} leads clearly: {low}, before {second.name} with {high}.",
+                    f"按留出集损失，{best.name} 明显领先：{low}；其次是 {second.name}：{high}。")  # fmt: skip
 
 
 def _few_questions(entrant: Entrant) -> Words:
@@ -110,8 +122,12 @@ def _memory(standings: Standings) -> Iterator[Words]:
         least, most = (pick(rises, key=lambda one: rises[one][name]) for pick in (min, max))
         if least != most:
             low, high = rises[least][name], rises[most][name]
-            yield Words(f"On the old data “{name}” {least} forgot least (loss {low:+.3f}), {most} most ({high:+.3f}).",
-                        f"在旧数据“{name}”上，{least} 遗忘最少（损失 {low:+.3f}），{most} 最多（{high:+.3f}）。")  # fmt: skip
+            yield Words(f"On the old data “{name}” {least} forgot least (loss {_signed(low)}), {most} most ({_signed(high)}).",
+                        f"在旧数据“{name}”上，{least} 遗忘最少（损失 {_signed(low)}），{most} 最多（{_signed(high)}）。")  # fmt: skip
+
+
+def _signed(rise: float) -> str:
+    return f"{round(rise, 3) + 0.0:+.3f}"  # no minus before zero
 
 
 def _failures(standings: Standings) -> Iterator[Words]:
