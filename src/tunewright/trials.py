@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any
 
 from tunewright import drifts
@@ -28,7 +29,8 @@ Tell = Callable[[str], None]
 _PROBED = 6
 """Steps that are timed; the first ones, which also warm up, count as what a run takes besides its steps."""
 _COLD = 2
-_TOLD = 300
+_TOLD = 240
+"""Characters of a reason; the log has all of it."""
 _PLAN = "plan.json"
 
 
@@ -113,12 +115,12 @@ def _reason(status: int, out: str, log: Path) -> str:
     lines = [line for line in out.splitlines() if line.startswith("{")]
     told = json.loads(lines[-1]).get("problems", []) if lines else []
     if told:
-        return "; ".join(told)[:_TOLD]
+        return shorten("; ".join(told), _TOLD, placeholder=" ...")
     if status == -signal.SIGKILL:
         return "killed by the system, as happens when memory ends"
     ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    return ": ".join([ended, *last])[:_TOLD]
+    return shorten(": ".join([ended, *last]), _TOLD, placeholder=" ...")
 
 
 def planned(folder: Path, variants: Sequence[Variant], budget: float) -> Plan:

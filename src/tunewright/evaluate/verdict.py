@@ -1,9 +1,13 @@
 """The outcome of a comparison in sentences, English and Chinese, no surer than the numbers are."""
 
 from collections.abc import Iterator, Sequence
+from textwrap import shorten
 
 from tunewright.core.words import Words
 from tunewright.evaluate.standings import LOSS, MEMORY, TIME, Cost, Entrant, Standings
+
+_REASON = 100
+"""Characters; the table has more."""
 
 
 def sentences(standings: Standings) -> list[Words]:
@@ -134,5 +138,6 @@ def _failures(standings: Standings) -> Iterator[Words]:
     for entrant in standings.entrants:
         for one in entrant.tries:
             if one.reason:
-                yield Words(f"{entrant.name}, seed {one.seed}, failed: {one.reason}",
-                            f"{entrant.name}（种子 {one.seed}）失败：{one.reason}")  # fmt: skip
+                reason = shorten(one.reason, _REASON, placeholder=" ...")
+                yield Words(f"{entrant.name}, seed {one.seed}, failed: {reason}",
+                            f"{entrant.name}（种子 {one.seed}）失败：{reason}")  # fmt: skip
