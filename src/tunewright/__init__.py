@@ -6,15 +6,16 @@ run.generate("What is the capital of France?")
 run.report
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunewright.head_to_head import Compared
     from tunewright.runs import Run
     from tunewright.serve.speaker import Speaker
 
-__all__ = ["load", "run"]
+__all__ = ["compare", "load", "run"]
 
 
 def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: bool = False,
@@ -30,6 +31,24 @@ def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: b
 
     loaded = pipeline.load(recipe, overrides)
     return pipeline.run(loaded, quiet=quiet, fresh=fresh, allow_drift=allow_drift, wish=Wish(start, only))
+
+
+def compare(what: str | Path | Mapping[str, Any] | Sequence[str], *, methods: Sequence[str] = (), seeds: int = 1,
+            budget: str = "", sweep: Mapping[str, Sequence[Any]] | None = None, held_out: str | Sequence[str] = (),
+            out: str = "", quiet: bool = False, **overrides: Any) -> "Compared":  # fmt: skip
+    """Try methods on a recipe, such as ``methods=["lora", "dora"], seeds=3, sweep={"method.rank": [4, 8]}``; or, given
+    a list of runs and models, put the rows of the files ``held_out`` to all of them. What is there already is reused.
+
+    Raises UserError with every problem before any compute.
+    """
+    from tunewright import head_to_head
+
+    tell = (lambda words: None) if quiet else print
+    if isinstance(what, (str, Path, Mapping)):
+        choice = head_to_head.Choice(methods, seeds, budget, sweep or {})
+        return head_to_head.of_methods(what, overrides, choice, out, tell)
+    files = [held_out] if isinstance(held_out, str) else held_out
+    return head_to_head.of_models(what, files, out, tell)
 
 
 def load(name: str, precision: str = "", template: str = "auto") -> "Speaker":

@@ -162,6 +162,37 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    what: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]... | MODEL MODEL...")],
+    method: Annotated[
+        str, typer.Option(help="Methods, with commas between; the recipe's own if not given.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="Runs of each, from the recipe's seed on.")] = 1,
+    budget: Annotated[str, typer.Option(help="Training time of each run, such as 90s, 5m, 1.5h.")] = "",
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="KEY=A,B,C: each value; may be given several times.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Held-out file, for runs and models.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="Folder of the comparison; runs/compare-NAME if not given.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Try methods on the same data, seeds and budget, or ask finished runs and models the same; one report."""
+    from tunewright import head_to_head
+    from tunewright.train import guard
+
+    guard.Preemption.lasting = True
+    tell = (lambda words: None) if as_json else typer.echo
+    choice = head_to_head.Choice([name for name in method.split(",") if name], seeds, budget, sweep or ())
+    compared = head_to_head.of_anything(what, choice, data or (), out, tell)
+    if as_json:
+        _say({"status": "finished", "folder": str(compared.folder), **compared.results})
+    else:
+        typer.echo("\n".join([*compared.results["verdict"]["en"], f"Report: {compared.report}"]))
+
+
+@app.command()
 def chat(
     model: str,
     prompt: Annotated[str, typer.Option(help="Answer this and leave.")] = "",

@@ -153,7 +153,7 @@ def problems(recipe: Recipe, codecs: Mapping[str, ChatCodec]) -> Iterator[Proble
         return
     config, stages = recipe.eval, {stage.name: stage for stage in recipe.stages}
     yield from _raised(lambda: rewards.find(config.evaluate.rewards))
-    bad = list(lint.lint(prepare.sources(config.data)).problems) if config.data else []
+    bad = _bad_rows(config.data) if config.data else ()
     yield from bad
     converse = not bad and Questions(config.data, config.evaluate).are_conversations()
     for place, model in enumerate(_models(recipe, config)):
@@ -174,6 +174,13 @@ def problems(recipe: Recipe, codecs: Mapping[str, ChatCodec]) -> Iterator[Proble
         if converse and codec and not codec.has_template:
             what = f"{model} has no chat template, and the rows are conversations"
             yield Problem(at, what, f"name one as {EVAL}.template: tunewright list templates")
+
+
+def _bad_rows(files: DataFiles) -> Sequence[Problem]:
+    try:
+        return lint.lint(prepare.sources(files)).problems
+    except UserError as error:  # no such file
+        return error.problems
 
 
 def _raised(look: Callable[[], object]) -> Sequence[Problem]:

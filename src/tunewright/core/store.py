@@ -83,6 +83,11 @@ def write_text(path: Path, text: str) -> None:
     _write(path, [text.encode()])
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace one file atomically, such as a picture."""
+    _write(path, [data])
+
+
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Replace one JSONL file atomically, a value a line."""
     _write(path, (json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values))

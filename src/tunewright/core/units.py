@@ -11,6 +11,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 _STATUS = Path("/proc/self/status")
 _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def human_percent(share: float) -> str:
@@ -57,6 +58,14 @@ def parse_bytes(text: str) -> int:
     if not found:
         raise ValueError(f"{text!r} is not a size; write it like 24GB")
     return int(float(found[1]) * _BYTES[found[2]])
+
+
+def parse_seconds(text: str) -> float:
+    """``'90s'``, ``'5m'`` or ``'1.5h'`` as seconds, more than none; ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"{text!r} is not a time; write it like 90s, 5m or 1.5h")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def peak_memory_bytes() -> int:

@@ -1,10 +1,10 @@
-"""Curves over training steps as plain geometry; the report's template draws them as SVG.
+"""Curves as plain geometry; the report's template draws them as SVG, ``picture.py`` as PNG.
 
 Lines are points in a box of 1000 by 1000 that the page stretches to any width; dots, ticks and labels are
 percentages of that box, so that they keep their size on a phone. Not here: colours and fonts, which are CSS.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil, floor, isfinite, log10
@@ -15,6 +15,8 @@ from tunewright.core.units import human_count
 
 Point = tuple[float, float]
 Lines = dict[str, Sequence[Point]]
+COLOURS = ("#1d64d8", "#c25e00", "#0e7350", "#a3308f", "#8a6d00", "#0a7f96", "#bf2f27", "#5b4bb5")
+"""Of several entrants in one picture; each is told from white and from nearly black."""
 _MOST = 1000
 """Points of a line: about as many as a screen has pixels across."""
 _KNOWN = ("time", "step", "steps", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "memory")
@@ -144,20 +146,31 @@ class Chart:
     log: bool = False
 
 
-def chart(title: str, lines: Lines, dots: Sequence[Point] = (), zero: bool = False) -> Chart:
-    """A chart of lines by CSS class. ``zero`` starts the y axis there."""
+def in_steps(end: float) -> str:
+    """How the end of an axis of steps is told."""
+    return f"step {end:,.0f}"
+
+
+def chart(
+    title: str,
+    lines: Lines,
+    dots: Sequence[Point] = (),
+    zero: bool = False,
+    end_told: Callable[[float], str] = in_steps,
+) -> Chart:
+    """A chart of lines by CSS class. ``zero`` starts the y axis there; ``end_told`` tells what x is."""
     points = [p for line in lines.values() for p in line] + list(dots)
-    x, y = linear(0, max(p[0] for p in points), least=1), _vertical([p[1] for p in points], zero)
+    x, y = linear(0, max(p[0] for p in points), least=1), vertical([p[1] for p in points], zero)
     end = max(p[0] for p in points)
     x = Scale((*(tick for tick in x.ticks if tick < end * 0.88), end))
     boxed = {name: _path(thinned(line), x, y) for name, line in lines.items()}
-    spots = [(_percent(x.share(s)), _percent(1 - y.share(v)), f"step {s:,.0f}: {v:.4f}") for s, v in dots]
-    across = [(_percent(x.share(tick)), f"{'step ' * (tick == end)}{tick:,.0f}") for tick in x.ticks]
-    up = [(_percent(1 - y.share(t)), label) for t, label in zip(y.ticks, y.labels(), strict=True)]
+    spots = [(percent(x.share(s)), percent(1 - y.share(v)), f"step {s:,.0f}: {v:.4f}") for s, v in dots]
+    across = [(percent(x.share(tick)), end_told(tick) if tick == end else f"{tick:,.0f}") for tick in x.ticks]
+    up = [(percent(1 - y.share(t)), label) for t, label in zip(y.ticks, y.labels(), strict=True)]
     return Chart(title, boxed, spots, across, up, y.log)
 
 
-def _vertical(values: list[float], zero: bool) -> Scale:
+def vertical(values: list[float], zero: bool) -> Scale:
     """Logarithmic where a straight axis would squeeze all but the beginning into its lowest quarter."""
     low, high = min(values), max(values)
     if not zero and 0 < low * 4 < high:
@@ -165,7 +178,8 @@ def _vertical(values: list[float], zero: bool) -> Scale:
     return linear(min(0.0, low) if zero else low, high)
 
 
-def _percent(share: float) -> float:
+def percent(share: float) -> float:
+    """As places in a chart are written."""
     return round(100 * share, 2)
 
 

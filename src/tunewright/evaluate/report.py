@@ -38,7 +38,7 @@ def write(folder: Path) -> None:
     log = list(events.read(folder / "events.jsonl"))
     found = charts.histories(log)
     stages = [_stage(s, found.get(s["name"], charts.History())) for s in results["stages"]]
-    page = _environment().get_template("report.html.jinja").render(
+    page = environment().get_template("report.html.jinja").render(
         run=results["run"], status=results["status"], stages=stages, when=_when(log),
         recipe=_recipe(folder / "recipe.yaml"), folder=shlex.quote(str(folder)),
         last=side_by_side.table(results[EVAL]) if EVAL in results else None,
@@ -47,7 +47,8 @@ def write(folder: Path) -> None:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates beside this file, and how they write numbers."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
