@@ -107,6 +107,9 @@ def advise(
     apply: Annotated[
         Path | None, typer.Option("--apply", help="Write the recipe of the choice here.")
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Try the best plans for a few steps, and correct the prediction.")
+    ] = False,
     lang: Annotated[Language, typer.Option("--lang", help="Language of the answer.")] = Language.en,
     as_json: Json = False,
 ) -> None:
@@ -115,6 +118,10 @@ def advise(
 
     recipe, *pairs = asked if asked and "=" not in asked[0] else ["", *(asked or [])]
     answer = advisors.answer(recipe, pairs)
+    if probe:
+        from tunewright.probe import probed
+
+        answer = probed(answer, lambda line: typer.echo(line, err=True))
     if apply:
         answer.write(apply, lang.value)
     _say(answer.to_json()) if as_json else typer.echo("\n".join(answer.lines(lang.value)))

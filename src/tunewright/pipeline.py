@@ -6,7 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tunewright import agenda, comparison, doctor, drifts, jobs, methods, recipes
+from tunewright import agenda, comparison, doctor, drifts, jobs, methods, recipes, shortage
 from tunewright.comparison import Comparison
 from tunewright.core import events, lock, machine, paths, store
 from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
@@ -165,6 +165,9 @@ class _Runner:
             older = agenda.set_aside(self.folder, name)
             self.log.emit("anew", why=task.why, older=str(older or ""))
             differences = []
+        if isinstance(work, Job) and task.is_work and (short := shortage.of(work)):
+            change = [f"{key}={str(value).lower()}" for key, value in short.change.items()]
+            self.log.emit("shortage", need=short.need, free=short.free, change=change)
         if differences:
             self.log.emit("drift", differences=drifts.told(differences))
         made = self._made(work, at) if all(map(drifts.is_tolerated, differences)) else None

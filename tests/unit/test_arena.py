@@ -26,12 +26,12 @@ def block(megabytes: float) -> torch.Tensor:
 def test_large_tensors_lie_there_and_small_ones_do_not() -> None:
     with Arena().on(work(MODEL)):
         before = arena.told().taken
-        small, large = block(0.5), block(3)
+        small, large = block(1 / 32), block(3)
         assert arena.told().taken == before + 3 * MB
         assert large.data_ptr() % 64 == 0
         del large
         assert arena.told().taken == before
-    assert len(small) == MB // 2
+    assert len(small) == MB // 32
 
 
 @needs_arena

@@ -1,7 +1,6 @@
 """What a plan is for: so many devices of a kind, or the machine at hand."""
 
 import re
-import resource
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -174,5 +173,4 @@ def instruction_sets() -> list[str]:
 
 def free_memory() -> int:
     """Bytes that a new process can take: what is free, within its container's and its own limits."""
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    return min(machine.available_memory(), *(n for n in limits if n != resource.RLIM_INFINITY), 1 << 62)
+    return min(machine.available_memory(), machine.own_limit())

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, _cgroup_room())
     raise OSError("/proc/meminfo has no MemAvailable")
+
+
+def own_limit() -> int:
+    """Bytes that this process may hold by the limits set for it (``ulimit -v``, ``ulimit -d``); a huge number if none is."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return min([limit for limit in limits if limit != resource.RLIM_INFINITY], default=1 << 62)
 
 
 def _cgroup_room() -> int:

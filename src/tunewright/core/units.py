@@ -78,6 +78,11 @@ def resident_bytes() -> int:
     return _status("VmRSS") or _peak_by_usage()
 
 
+def reserved_bytes() -> int:
+    """Addresses for data that the process holds beyond its resident memory: a limit counts them, too."""
+    return max(0, _status("VmData") - resident_bytes())
+
+
 def _status(name: str) -> int:
     """Bytes that the system tells of this process under that name; 0 if it does not."""
     text = _STATUS.read_text() if _STATUS.exists() else ""

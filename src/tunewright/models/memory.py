@@ -9,8 +9,8 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-_NO_MEMORY = ("not enough memory", "can't allocate memory")
-"""What torch's CPU allocator says on Windows, and elsewhere."""
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "could not create a primitive")
+"""What torch's CPU allocator says on Windows, and elsewhere; what oneDNN says for want of scratch space."""
 
 
 def storage(x: Tensor) -> int:

@@ -46,6 +46,10 @@ def step_line(event: Event) -> str:
 _LINES: dict[str, Callable[[Event], str]] = {
     "remote-code": lambda e: f"running Python code that comes with {e['model']} (trust_remote_code: true)",
     "own-code": lambda e: f"running Python code of {e['file']} (named among the rewards)",
+    "shortage": lambda e: (
+        f"{e['stage']} will need {human_bytes(e['need'])} of memory, {human_bytes(e['free'])} is free: "
+        + (f"it fits with {' '.join(e['change'])}" if e["change"] else "no small change makes it fit")
+    ),
     "train": lambda e: (
         f"training {e['samples']} samples for {e['steps']} steps ({e['padding_share']:.1%} padding)"
     ),
