@@ -1,12 +1,13 @@
 # Six words: make setup, demo, test, check, faults, bench. Each creates .venv and installs what it needs.
-# For bench there are bench-peers, which installs the systems it compares with, and bench-gpu.
+# For bench there are bench-peers, which installs the systems it compares with, bench-gpu, and bench-advice, which holds
+# what is foreseen of memory against what is measured.
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := torch==2.13.0
 export OMP_NUM_THREADS ?= $(shell nproc)
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(OMP_NUM_THREADS)
 
-.PHONY: setup demo test check faults bench bench-peers bench-gpu clean
+.PHONY: setup demo test check faults bench bench-advice bench-peers bench-gpu clean
 
 setup: .venv/.installed
 
@@ -49,6 +50,10 @@ faults: .venv/.installed-test
 # Compiled code is kept between a system's runs: the first one on a machine takes half a minute longer.
 bench: .venv/.installed-test
 	$(BIN)/python -m benchmarks.run --caches warm
+
+bench-advice: .venv/.installed-test
+	$(BIN)/python -m benchmarks.advice
+	$(BIN)/python scripts/advice_page.py
 
 bench-peers: .venv-peers/.installed .venv-llamafactory/.installed
 

@@ -1,8 +1,10 @@
 """Write docs/advice.md and docs/advice.zh-CN.md: rules.yaml as a table, and formulas against published figures."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tunewright.advise import configs, hardware, memory, speed
@@ -13,6 +15,8 @@ from tunewright.advise.shape import Linear, Shape
 from tunewright.core.words import Words
 
 DOCS = Path(__file__).parents[1] / "docs"
+FORESEEN = DOCS.parent / "benchmarks" / "advice.json"
+Tree = dict[str, Any]
 GB, GIB = 1e9, float(1 << 30)
 CUDA = 0.8 * GIB
 SINGLE = Placement()
@@ -209,7 +213,9 @@ WORDS: dict[str, dict[str, str]] = {
         "4. The rules below add scores. What does not fit comes last, whatever its score.\n"
         "5. Finished runs in `runs/` (or `runs=FOLDER`) of the same model and the same files overrule this: two methods or more "
         "are ordered by their measured held-out loss, and what ran on this machine shows its measured speed and memory.\n"
-        "6. `--apply FILE` writes the recipe of the choice, each dial with its reason; what advice does not decide (held-out data, "
+        "6. `--probe` runs six real steps of the best three plans on this machine, each in a process of its own, and puts what "
+        "was measured in place of what was predicted.\n"
+        "7. `--apply FILE` writes the recipe of the choice, each dial with its reason; what advice does not decide (held-out data, "
         "measurements, regularizers) stays as the recipe has it. Of several stages it is the first, or `stage=NAME`.",
         "limits": "A fleet is a plan: recipes have no dial for placement. Memory of a host that state is offloaded to is told and "
         "not checked. Speed is operations over a share of the data sheet's rate (0.4; on this machine 0.35 of the rate "
@@ -223,6 +229,13 @@ WORDS: dict[str, dict[str, str]] = {
         "recomputed. Adapters are on all linear layers here and on some of them in most sources. QLoRA's paper and LoRA's "
         "count fewer bytes for a trained parameter than the 16 of mixed precision. Of {count} figures {near} are within a fifth.",
         "figures_head": "| what | published | predicted | ratio | source |\n|---|---:|---:|---:|---|",
+        "foreseen": "## What a run foresees, against what was measured",
+        "foreseen_note": "Where memory could be short, `run` takes the largest step of the recipe on tensors without values before "
+        "training (`foresight.py`): the real model, method, objective and techniques, with no weights read and no formula for any of "
+        "them. If more is needed than is free, it says so and names the cheapest change that fits. `make bench-advice` holds this "
+        "against the peak of real processes: {count} cases, median error {median}, worst {worst}. Shapes with random weights, two "
+        "steps each; 4,096 tokens a step of rows of up to 256 and `fast.compile` off where nothing else is said.",
+        "foreseen_head": "| model | method | objective | precision | else | foreseen | measured | error |\n|---|---|---|---|---|---:|---:|---:|",
     },
     "zh": {
         "title": "# 选型建议", "other": "[English](advice.md) | 中文",
@@ -235,7 +248,8 @@ WORDS: dict[str, dict[str, str]] = {
         "每个设备留出十分之一。若另一方案快一倍以上，则不取较简单的那个。\n"
         "4. 下面的规则给方法加分；放不下的方法无论得分多少都排在最后。\n"
         "5. `runs/`（或 `runs=目录`）中同一模型、同一数据的已完成运行优先于规则：有两种以上方法时按实测留出损失排序；在本机运行过的显示实测速度和内存。\n"
-        "6. `--apply 文件` 写出所选方法的配方，每个设置都注明理由；不由建议决定的部分（留出数据、评测、正则项）保持原样。有多个阶段时取第一个，或 `stage=名称`。",
+        "6. `--probe` 在本机对排在最前的三个方案各真实运行六步（各用一个进程），用实测代替预测。\n"
+        "7. `--apply 文件` 写出所选方法的配方，每个设置都注明理由；不由建议决定的部分（留出数据、评测、正则项）保持原样。有多个阶段时取第一个，或 `stage=名称`。",
         "limits": "多设备只是规划：配方里没有部署的设置。卸载所需的主机内存只作说明，不检查。速度等于运算量除以标称速率的一部分"
         "（0.4；本机为实测速率的 0.35），误差按两倍以内理解。小模型在 CPU 上比这个比例更快；进程实际占用的内存还包括分配器保留的部分。",
         "rules": "## 规则", "rules_note": "来自 `advise/rules.yaml`。书名号中是规则出处的文档标题。",
@@ -245,6 +259,11 @@ WORDS: dict[str, dict[str, str]] = {
         "figures_note": "GB 为 10^9 字节，GiB 为 2^30 字节。来源没有说明条件时，按一行 1,024 个词元、重算激活值计。这里的适配器加在所有线性层上，"
         "多数来源只加在一部分上。QLoRA 与 LoRA 论文对每个训练参数所计的字节少于混合精度的 16。{count} 个数字中有 {near} 个误差在五分之一以内。",
         "figures_head": "| 内容 | 已发表 | 预测 | 比值 | 出处 |\n|---|---:|---:|---:|---|",
+        "foreseen": "## 运行前的预计与实测对照",
+        "foreseen_note": "内存可能不足时，`run` 在训练之前用没有数值的张量走一遍配方中最大的一步（`foresight.py`）：模型、方法、目标和加速技术都是"
+        "真实的，不读取权重，也不为任何一种另写公式。如果需要的多于空闲的，它会说明，并给出放得下的最省改动。`make bench-advice` 把预计与真实进程的峰值对照："
+        "{count} 种情形，误差中位数 {median}，最大 {worst}。模型为随机权重，各两步；未注明时每步 4,096 个词元，每行最多 256 个，`fast.compile` 关闭。",
+        "foreseen_head": "| 模型 | 方法 | 目标 | 精度 | 其他 | 预计 | 实测 | 误差 |\n|---|---|---|---|---|---:|---:|---:|",
     },
 }  # fmt: skip
 
@@ -253,6 +272,26 @@ tunewright advise model=shape:llama-2-70b devices=8xH200 goal=quality
 tunewright advise recipes/lora.yaml data=my.jsonl memory=24GB deadline=2h
 tunewright advise model=builtin:pico data=my.jsonl --apply advised.yaml
 ```"""
+
+
+def foreseen(language: str) -> list[str]:
+    """What `run` foresees of memory beside what was measured, by benchmarks/advice.json."""
+    words, rows = WORDS[language], json.loads(FORESEEN.read_text())
+    errors = sorted(abs(row["foreseen"] / row["measured"] - 1) for row in rows)
+    told = {"count": len(rows), "median": f"{median(errors):.1%}", "worst": f"{errors[-1]:.1%}"}
+    table = [_foreseen(row) for row in rows]
+    return [
+        words["foreseen"],
+        words["foreseen_note"].format(**told),
+        "\n".join([words["foreseen_head"], *table]),
+    ]
+
+
+def _foreseen(row: Tree) -> str:
+    case, sizes = dict(row["case"]), [f"{row[of] / 1e6:,.0f} MB" for of in ("foreseen", "measured")]
+    own = [case.pop("model"), case.pop("method"), case.pop("objective", "sft"), case.pop("precision", "bf16")]
+    dials = ", ".join(f"{name} {value}".replace(" True", "") for name, value in case.items())
+    return f"| {' | '.join([*own, dials, *sizes])} | {row['foreseen'] / row['measured'] - 1:+.1%} |"
 
 
 def page(language: str, found: Sequence[Figure]) -> str:
@@ -266,7 +305,7 @@ def page(language: str, found: Sequence[Figure]) -> str:
         "\n".join([words["rules_head"], *(_rule(rule, language) for rule in rules())]), words["formulas"],
         "\n".join([words["formulas_head"], *(_formula(row, language) for row in FORMULAS)]), words["figures"],
         words["figures_note"].format(count=len(found), near=near),
-        "\n".join([words["figures_head"], *(_figure(figure, language) for figure in found)]),
+        "\n".join([words["figures_head"], *(_figure(figure, language) for figure in found)]), *foreseen(language),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

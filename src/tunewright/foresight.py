@@ -9,7 +9,7 @@ import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tunewright.stage_run import trainer_of
 from tunewright.train import guard
 from tunewright.train.measure import HeldOut
 
-_AT_WORK = 145 << 20
+_AT_WORK = 112 << 20
 """Bytes that libraries come to hold as they compute: kernels made for shapes, scratch space, room in the heap."""
 _COMPILING = 105 << 20
 """More of these where blocks are compiled."""
@@ -35,7 +35,9 @@ class Foreseen:
     """Bytes, by what they are for."""
 
     process: int
-    """The interpreter, libraries and data."""
+    """The interpreter, what it has loaded, and data: there before the stage begins."""
+    libraries: int
+    """What libraries come to hold as they compute."""
     weights: int
     optimizer: int
     """Masters in fp32 and moments."""
@@ -47,7 +49,12 @@ class Foreseen:
     @property
     def peak(self) -> int:
         """Resident memory at its most."""
-        return self.process + self.weights + max(self.optimizer + self.training, self.evaluation)
+        return (
+            self.process
+            + self.libraries
+            + self.weights
+            + max(self.optimizer + self.training, self.evaluation)
+        )
 
 
 def why_not(job: Job) -> str:
@@ -65,7 +72,8 @@ def foresee(job: Job) -> Foreseen:
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_tell, args=(job, theirs), daemon=True)
+    process = resident_bytes()  # a child shares pages of files, which do not count as its own
+    child = context.Process(target=_tell, args=(job, process, theirs), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: it uses one of its own
         child.start()
@@ -80,18 +88,18 @@ def foresee(job: Job) -> Foreseen:
     raise RuntimeError(found)
 
 
-def _tell(job: Job, to: Connection) -> None:
+def _tell(job: Job, process: int, to: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        to.send(vars(foreseen(job)))
+        to.send(vars(replace(foreseen(job), process=process)))
     except Exception as error:  # whatever an architecture does that shapes alone do not allow
         to.send(f"{type(error).__name__}: {error}")
 
 
 def foreseen(job: Job, make: Callable[[], Hollow] = Hollow) -> Foreseen:
     """As :func:`foresee`, in this process; ``make`` gives what counts."""
-    process, most, on = resident_bytes() + _AT_WORK, dict[str, int](), list[str]()
+    process, most, on = resident_bytes(), dict[str, int](), list[str]()
     with tempfile.TemporaryDirectory() as folder, make() as hollow:
 
         def note(done: str) -> None:
@@ -112,8 +120,8 @@ def foreseen(job: Job, make: Callable[[], Hollow] = Hollow) -> Foreseen:
         trainer.largest_step(note)
         log.close()
     training = max(most[done] for done in ("begun", "passed", "updated", "measured")) - lasting
-    process += _COMPILING if "compile" in on else 0
-    return Foreseen(process, weights, lasting - weights, training, evaluation)
+    libraries = _AT_WORK + (_COMPILING if "compile" in on else 0)
+    return Foreseen(process, libraries, weights, lasting - weights, training, evaluation)
 
 
 def _techniques(event: Any) -> list[str]:
