@@ -6,6 +6,7 @@ run.generate("What is the capital of France?")
 run.report
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from tunewright.serve.speaker import Speaker
 
 __all__ = ["compare", "load", "run"]
+
+# oneDNN keeps the last 1,024 matrix kernels that it made for a shape, megabytes each. Lengths differ from step to step,
+# and a mixture's experts get other numbers of tokens each time: none of them comes again. It asks for this once.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: bool = False,

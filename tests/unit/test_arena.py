@@ -63,7 +63,7 @@ def test_the_same_step_again_needs_no_more_memory_however_many_small_blocks_stay
     with Arena().on(work(MODEL)):
         for step in range(12):
             held = [block(20 + step % 3) for _ in range(4)]
-            lasting += [torch.zeros(20_000) for _ in range(20)]
+            lasting += [torch.zeros(12_000) for _ in range(20)]
             del held[1], held[0]
             held.append(block(50))
             reaches.append(arena.told().reach)
