@@ -7,6 +7,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tunewright import cli, pipeline
 from tunewright.evaluate import report
 
-report._environment().get_template("report.html.jinja")  # compiled once, and not in every child
+report.environment().get_template("report.html.jinja")  # compiled once, and not in every child
 
 __all__ = ["AutoModelForCausalLM", "AutoTokenizer", "cli", "peft", "pipeline", "report", "transformers"]
