@@ -10,6 +10,7 @@ from tunewright.core.errors import DamagedError, Problem, UserError
 from tunewright.core.machine import available_memory
 from tunewright.core.units import human_bytes
 from tunewright.drifts import INPUTS
+from tunewright.recipes import EVAL
 from tunewright.train import ledger
 from tunewright.train.checkpoint import best_of, step_of
 
@@ -92,7 +93,8 @@ def _missing(folder: Path) -> Iterator[Finding]:
     wanted: list[Path] = []
     for stage in sorted((folder / "stages").glob("*")):
         if any(stage.glob("checkpoints/step-*")) or (stage / "metrics.json").exists():
-            wanted += [folder / "events.jsonl", stage / "samples.jsonl", stage / INPUTS]
+            wanted += [folder / "events.jsonl", stage / INPUTS]
+            wanted += [] if stage.name == EVAL else [stage / "samples.jsonl"]  # which is of what was learned
         wanted += [stage / f"{when}.json" for when in _measured(stage / "metrics.json")]
     for path in dict.fromkeys(wanted):
         if not path.exists():
@@ -153,13 +155,16 @@ def _leftovers(folder: Path) -> Iterator[Finding]:
 def _prospect(stage: Path, damaged: set[str]) -> str:
     """What running the recipe again does with this stage."""
     at = f"stages/{stage.name}"
-    results = [name for name in ("adapter", "model") if (stage / name).is_dir()]
+    kinds = ("metrics.json",) if stage.name == EVAL else ("adapter", "model")
+    results = [name for name in kinds if (stage / name).exists()]
     if (
         results
         and (stage / "metrics.json").exists()
         and not damaged & {f"{at}/{results[0]}", f"{at}/metrics.json"}
     ):
         return f"{stage.name}: finished; running the recipe again reuses it"
+    if stage.name == EVAL:
+        return f"{stage.name}: not finished; running the recipe again asks all models"
     whole = [p for p in sorted(stage.glob("checkpoints/step-*")) if _can_be_gone_on_from(p, at, damaged)]
     if not whole:
         return f"{stage.name}: no whole checkpoint; running the recipe again starts it over"

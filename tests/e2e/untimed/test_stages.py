@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tunewright as tw
-from tunewright import examine
+from tunewright import doctor, examine
 from tunewright.core.errors import DriftError, UserError
 from tunewright.data.rows import Message
 
@@ -290,6 +290,9 @@ def test_all_models_are_asked_the_same_at_the_end(tree, data, tmp_path):
         wins = [(a > b) + (a == b) / 2 for a, b in zip(lengths, firsts, strict=True)]
         assert row["wins"][reward] == pytest.approx(sum(wins) / len(wins))
     assert "Side by side: 4 models" in run.report.read_text()
+    found = doctor.examine(run.folder)
+    assert not found.damaged
+    assert "eval: finished; running the recipe again reuses it" in found.next
     assert planned(tree)["eval"] == ("reuse", "finished, nothing changed")
     assert planned(tree, start="two")["eval"] == ("run anew", "uses two")
     tree["eval"]["models"] = ["stage:three", "stage:one"]
