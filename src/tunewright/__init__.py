@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "load", "run"]
 
-# oneDNN keeps the last 1,024 matrix kernels that it made for a shape, megabytes each. Lengths differ from step to step,
-# and a mixture's experts get other numbers of tokens each time: none of them comes again. It asks for this once.
+# oneDNN keeps the last 1,024 matrix kernels that it made for a shape, megabytes each, and PyTorch as many descriptions of
+# them, 250 KB each. Lengths differ from step to step, and a mixture's experts get other numbers of tokens each time: none
+# of them comes again. Both ask for this once.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: bool = False,

@@ -77,6 +77,20 @@ def test_passes_count_as_those_of_real_tensors_do(bias):
     assert most(Hollow()) == most(Counted())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_one_product_count_as_real_ones_do(dtype):
+    ends = torch.tensor([8, 24, 32], dtype=torch.int32)
+
+    def most(mode: Hollow) -> tuple[int, int]:
+        with mode:
+            rows = torch.randn(32, 64, dtype=dtype, requires_grad=True)
+            weights = torch.randn(3, 16, 64, dtype=dtype, requires_grad=True)
+            nn.functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends).pow(2).sum().backward()
+            return mode.live, mode.most
+
+    assert most(Hollow()) == most(Counted())
+
+
 def test_only_within():
     with Hollow():
         assert hollow.is_on()
