@@ -119,7 +119,7 @@ def foreseen(job: Job, make: Callable[[], Hollow] = Hollow) -> Foreseen:
         lasting = hollow.most = hollow.live
         trainer.largest_step(note)
         log.close()
-    training = max(most[done] for done in ("begun", "passed", "updated", "measured")) - lasting
+    training = max(most[done] for done in ("prepared", "begun", "passed", "updated", "measured")) - lasting
     libraries = _AT_WORK + (_COMPILING if "compile" in on else 0)
     return Foreseen(process, libraries, weights, lasting - weights, training, evaluation)
 

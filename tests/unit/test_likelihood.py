@@ -29,6 +29,21 @@ def test_a_model_that_was_looked_at_before_draws_the_same_dropout(make_model: An
     assert model.training
 
 
+def test_few_labels_have_the_losses_that_all_have_and_no_more_logits(make_model: Any) -> None:
+    """So that to compare two ways of a large vocabulary takes less memory than training does."""
+    model, given, seen = make_model().eval(), batch(), []
+    given["input_ids"], given["labels"] = (x.repeat(1, 30) for x in given.values())
+    model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
+    few = likelihood.thinned(given)
+    chosen = few["labels"] != likelihood.IGNORED
+    assert chosen.sum() == 120
+    assert chosen.any(1).all()
+    kept = chosen[given["labels"] != likelihood.IGNORED]
+    with torch.no_grad():
+        torch.testing.assert_close(likelihood.sampled(model, few), likelihood.plain(model, given)[kept])
+    assert seen == [120, 3 * 9 * 30]  # the plain way makes all
+
+
 def test_what_listens_hears_of_the_rows_that_go_through(make_model: Any) -> None:
     class Listener:
         batch: Any = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from tunewright.core import plugins
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
+from tunewright.models import anatomy, likelihood
 from tunewright.models.announce import announced
 
 Batch = Mapping[str, Tensor]
@@ -142,9 +143,16 @@ def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int
     work.model.eval()
     try:
         with torch.no_grad(), announced(work.model, batch):
-            compute(batch) if compute else work.model(input_ids=batch["input_ids"], use_cache=False)
+            compute(batch) if compute else _through(work.model, batch)
     finally:
         work.model.train(training)
+
+
+def _through(model: Any, batch: Batch) -> None:
+    if anatomy.output_head(model) is None:
+        model(input_ids=batch["input_ids"], use_cache=False)
+    else:  # logits of a row may take more than training does
+        likelihood.hidden_states(model, batch)
 
 
 def agrees(work: Work, compare: Callable[[Batch], bool], rows: int = 1) -> bool:

@@ -80,10 +80,8 @@ def _agrees(work: Work) -> bool:
     """
 
     def compare(batch: Batch) -> bool:
-        own = losses(work.model, batch)
-        if hollow.is_on():
-            return True
-        expected = likelihood.plain(work.model, batch)
+        few = likelihood.thinned(batch)
+        own, expected = losses(work.model, few), likelihood.sampled(work.model, few)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
         same = torch.allclose(own, expected, rtol=close, atol=close)
         return same and likelihood.comes_last(work.model, batch)

@@ -21,6 +21,9 @@ from tunewright.fast.attention import base_model
 from tunewright.fast.process import let_go_of_files
 from tunewright.models.announce import stretch
 
+_BESIDE = 128 << 20
+"""Bytes of weights that are in their file's pages and in copies at a time."""
+
 
 class LoraLinear(Technique):
     """Replaces the forward of PEFT's LoRA layers; weights and adapters stay PEFT's own."""
@@ -39,8 +42,7 @@ class LoraLinear(Technique):
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
         """The layers' frozen weights lie in their group's matrix meanwhile."""
-        groups = [_Group(layers) for layers in _together(work)]
-        let_go_of_files()  # the groups hold copies
+        groups = list(_copied(_together(work)))
         known: list[object] = [None]
 
         def look_again(*_: Any) -> None:
@@ -56,6 +58,19 @@ class LoraLinear(Technique):
             hook.remove()
             for group in groups:
                 group.dissolve()
+
+
+def _copied(together: list[list[Any]]) -> Iterator["_Group"]:
+    """Groups, which hold copies of weights; the weights' file is not kept beside all of them."""
+    copied = 0
+    for layers in together:
+        group = _Group(layers)
+        copied += group.joint_NK.nbytes
+        yield group
+        if copied >= _BESIDE:
+            let_go_of_files()
+            copied = 0
+    let_go_of_files()
 
 
 def _layers(model: Any) -> list[Any]:

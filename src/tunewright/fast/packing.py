@@ -19,7 +19,7 @@ from tunewright.data.tokens import LENGTH
 from tunewright.fast import Batch, Technique, Work, agrees
 from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
-from tunewright.models import hollow, likelihood
+from tunewright.models import likelihood
 from tunewright.models.announce import ROUTER
 
 _STEP = 256
@@ -99,15 +99,13 @@ def _agrees(work: Work) -> bool:
     def compare(batch: Batch) -> bool:
         if LENGTH not in batch:
             return False
-        if hollow.is_on():  # all that shows is an architecture that knows no ends
-            likelihood.hidden_states(work.model, in_one_row(batch))
-            return True
-        expected = likelihood.plain(work.model, batch)
+        few = likelihood.thinned(batch)
+        expected = likelihood.sampled(work.model, few)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
         found = []
         for way in (Attention().on(work), nullcontext()):  # training with dropout goes the second
             with way:
-                own = likelihood.plain(work.model, in_one_row(batch))
+                own = likelihood.sampled(work.model, in_one_row(few))
             found.append(torch.allclose(own, expected, rtol=close, atol=close))
         return all(found)
 

@@ -111,7 +111,9 @@ def _makes_numbers(func: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any)
     return bool(made.dtype.is_floating_point)
 
 
-def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: object = None, out_dtype: Any = None) -> Tensor:
+def _grouped(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: object = None, out_dtype: Any = None
+) -> Tensor:
     """A product for each expert. Torch's own rule is a GPU's, which takes bf16 alone; a CPU takes any numbers."""
     experts = [len(a if offs is None else offs)] if a.dim() == b.dim() else []
     return a.new_empty([*experts, a.shape[-2], b.shape[-1]], dtype=out_dtype)

@@ -17,6 +17,8 @@ PACKED = ("position_ids", "cu_seq_lens_q", "prefixes")
 Batch = Mapping[str, Tensor]
 Losses = Callable[[Any, Batch], Tensor]
 Layout = Callable[[Any, Batch], Batch]
+_FEW = 128
+"""Labels that two ways are compared at: logits of whole rows may take more than training does."""
 _WAY, _LAYOUT, _ENDS = "tunewright_losses", "tunewright_layout", "tunewright_head_ends"
 
 
@@ -86,6 +88,32 @@ def plain(model: Any, batch: Batch) -> Tensor:
     logits_BTV = model(**given(batch), use_cache=False).logits
     kept = batch["labels"] != IGNORED
     return F.cross_entropy(logits_BTV[kept].float(), batch["labels"][kept], reduction="none")
+
+
+def sampled(model: Any, batch: Batch) -> Tensor:
+    """As :func:`plain`, with logits only where a label is: for few labels, as :func:`thinned` leaves them."""
+    head = anatomy.output_head(model)
+    if head is None:
+        return plain(model, batch)
+    kept, make = batch["labels"] != IGNORED, head.forward
+
+    def at_labels(states_BTD: Tensor) -> Tensor:
+        own_BTD = states_BTD[:, -kept.shape[1] :]  # a method may put prompts of its own before them
+        logits_1NV: Tensor = make(own_BTD[kept][None])
+        return logits_1NV
+
+    logits_NV = computed(model, at_labels, batch).logits[0]
+    return F.cross_entropy(logits_NV.float(), batch["labels"][kept], reduction="none")
+
+
+def thinned(batch: Batch) -> Batch:
+    """The batch with few of its labels, from its first row to its last."""
+    labels_BT = batch["labels"].clone()
+    learned = (labels_BT != IGNORED).flatten().nonzero()[:, 0]
+    every = max(1, -(-len(learned) // _FEW))
+    left_out = torch.arange(len(learned), device=learned.device) % every != 0
+    labels_BT.view(-1)[learned[left_out]] = IGNORED
+    return {**batch, "labels": labels_BT}
 
 
 def given(batch: Batch) -> dict[str, Tensor]:
