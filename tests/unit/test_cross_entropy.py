@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from counted import Counted
 from techniques import SHAPE, assert_near, batch, learn, watched, work
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -141,6 +142,17 @@ def test_measuring_makes_no_gradient() -> None:
         losses_N = cross_entropy.losses(model, given)
     assert seen.largest == WORDS * 8
     torch.testing.assert_close(losses_N, likelihood.plain(model, given).detach())
+
+
+def test_labels_that_count_unevenly_need_one_gradient_of_the_weights_at_a_time() -> None:
+    def most(counts_N: Tensor) -> int:
+        model, given = bigram(), rows(100)
+        with Counted() as seen:
+            (cross_entropy.losses(model, given) * counts_N).sum().backward()
+        return seen.most
+
+    more = most(torch.linspace(-1.0, 3.0, 100)) - most(torch.ones(100))
+    assert more < WORDS * WIDTH * 4
 
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:

@@ -121,7 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if for_weight is not None or for_bias is not None:
             even = bool((grad_N == grad_N[0]).all()) if len(grad_N) else True
             if not even:
-                sums = _Sums(states_ND, weight_VD, bias_V, (False, *ctx.needs_input_grad[1:3]))
+                wanted = (False, *ctx.needs_input_grad[1:3])
+                sums = _Sums(states_ND, weight_VD, bias_V, wanted, for_weight)
                 sums.over(labels_N, grad_N)
                 for_weight, for_bias, scale = sums.weight_VD, sums.bias_V, None
             else:
@@ -140,11 +141,19 @@ class _Sums:
     """What one pass over the rows adds up: gradients of the losses' sum, where they are wanted."""
 
     def __init__(
-        self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: tuple[bool, ...]
+        self,
+        states_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        wanted: tuple[bool, ...],
+        room_VD: Tensor | None = None,
     ) -> None:
+        """``room_VD`` fp32 is where the weight's gradient is made, if there is one already."""
         self._of = states_ND, weight_VD, bias_V
         self.states_ND = torch.empty_like(states_ND) if wanted[0] else None
-        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        if room_VD is None and wanted[1]:
+            room_VD = torch.empty_like(weight_VD, dtype=torch.float32)
+        self.weight_VD = None if room_VD is None else room_VD.zero_()
         self.bias_V = (
             torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wanted[2] else None
         )
