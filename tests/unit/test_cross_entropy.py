@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from counted import Counted
+from peft import LoraConfig, get_peft_model
 from techniques import SHAPE, assert_near, batch, learn, watched, work
 from torch import Tensor, nn
 from torch.nn import functional as F
