@@ -234,9 +234,8 @@ WORDS: dict[str, dict[str, str]] = {
         "training (`foresight.py`): the real model, method, objective and techniques, with no weights read and no formula for any of "
         "them. If more is needed than is free, it says so and names the cheapest change that fits. `make bench-advice` holds this "
         "against the peak of real processes: {count} cases, median error {median}, worst {worst}. Shapes with random weights, two "
-        "steps each; 4,096 tokens a step of rows of up to 256 and `fast.compile` off where nothing else is said. Far off are "
-        "mixtures, for whose experts libraries hold kernels that no shape tells, and a compiled block of which the compiler keeps more "
-        "than its input.",
+        "steps each; 4,096 tokens a step of rows of up to 256 and `fast.compile` off where nothing else is said. Farthest off "
+        "are two that compute blocks again, a GPT-2 and a quantized mixture: they take more than is foreseen.",
         "foreseen_head": "| model | method | objective | precision | else | foreseen | measured | error |\n|---|---|---|---|---|---:|---:|---:|",
     },
     "zh": {
@@ -265,7 +264,7 @@ WORDS: dict[str, dict[str, str]] = {
         "foreseen_note": "内存可能不足时，`run` 在训练之前用没有数值的张量走一遍配方中最大的一步（`foresight.py`）：模型、方法、目标和加速技术都是"
         "真实的，不读取权重，也不为任何一种另写公式。如果需要的多于空闲的，它会说明，并给出放得下的最省改动。`make bench-advice` 把预计与真实进程的峰值对照："
         "{count} 种情形，误差中位数 {median}，最大 {worst}。模型为随机权重，各两步；未注明时每步 4,096 个词元，每行最多 256 个，`fast.compile` 关闭。"
-        "相差很大的是混合专家模型（库为各专家保留的计算核无法从形状得知），以及编译器保留得比输入更多的编译层。",
+        "相差最大的是两种重算各层的情形（GPT-2 与量化的混合专家模型）：实际占用多于预计。",
         "foreseen_head": "| 模型 | 方法 | 目标 | 精度 | 其他 | 预计 | 实测 | 误差 |\n|---|---|---|---|---|---:|---:|---:|",
     },
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Selective checkpointing: the same bits, fewer bytes, and the cheapest of them first."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from activations import LAYERS, MODELS, TOKENS, assert_same, counted, learn, make, tokens, work
+from counted import Counted
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tunewright.fast._recomputation import Candidate, Meter, choose, peak
-from tunewright.fast.checkpointing import Checkpointing
+from tunewright.fast.checkpointing import Checkpointing, again, products_kept
 from tunewright.models import anatomy
 
 
@@ -226,3 +228,27 @@ def test_why_not(tmp_path: Path) -> None:
     assert "no decoder blocks" in Checkpointing().why_not(work(torch.nn.Linear(2, 2), tmp_path))
     model.activation_checkpointing_enable()
     assert "every block" in Checkpointing().why_not(work(model, tmp_path))
+
+
+def test_products_may_be_all_that_is_kept() -> None:
+    """As a compiled block does that has room for them."""
+    x, up, down = (torch.randn(*shape, requires_grad=True) for shape in ((4, 8), (8, 16), (16, 8)))
+
+    def block(states: Tensor) -> Tensor:
+        return (states @ up).sin().exp().cos() @ down
+
+    def kept(way: Callable[[], Tensor]) -> int:
+        with Counted() as counted:
+            out = way()
+            bytes_kept = counted.live
+            out.sum().backward()
+        return bytes_kept
+
+    plain, gradient = kept(lambda: block(x)), up.grad
+    up.grad = None
+    with products_kept():
+        products = kept(lambda: again(block, x))
+    assert torch.equal(up.grad, gradient)
+    nothing = kept(lambda: again(block, x))
+    wide, out = 4 * 16 * 4, 4 * 8 * 4
+    assert (nothing, products, plain) == (out, out + wide, out + 3 * wide)

@@ -7,6 +7,7 @@ choose differently. What is computed again has the very bits of what was not kep
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work
@@ -25,6 +26,14 @@ from tunewright.models import anatomy
 
 _RUNS = 2
 """Times that a block is computed to be measured: the first fills caches and fresh memory, the last counts."""
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""What costs most to compute, as torch's partitioner has it."""
+_contexts: ContextVar[Callable[[], Any]] = ContextVar("contexts", default=noop_context_fn)
 _SIZES = 16
 """Numbers of tokens that a choice of its own is made for, from none to the most that were seen."""
 
@@ -190,4 +199,14 @@ def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
     # As single arguments tensors are kept by hooks for kept tensors, such as those that offload them.
-    return checkpoint(compute, *leaves, use_reentrant=False)
+    return checkpoint(compute, *leaves, use_reentrant=False, context_fn=_contexts.get())
+
+
+@contextmanager
+def products_kept() -> Iterator[None]:
+    """Within, what :func:`again` computes anew is all but matrix products and attention."""
+    before = _contexts.set(partial(create_selective_checkpoint_contexts, list(_PRODUCTS)))
+    try:
+        yield
+    finally:
+        _contexts.reset(before)

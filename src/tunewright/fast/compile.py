@@ -6,7 +6,7 @@ back on runs of many steps.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _native
 from tunewright.fast._lower_blocks import frozen
-from tunewright.fast.checkpointing import again
+from tunewright.fast.checkpointing import again, products_kept
 from tunewright.models import anatomy, hollow
 
 _COST = 8.0
@@ -110,10 +110,11 @@ def _compiled(block: Any, partition: dict[str, Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         learning = block.training and torch.is_grad_enabled()
-        if not learning or (hollow.is_on() and partition is not _LITTLE_KEPT):
+        if not learning:
             return plain(*args, **kwargs)
         if hollow.is_on():  # shapes are not compiled; what is kept is the same
-            return again(plain, *args, **kwargs)
+            with nullcontext() if partition is _LITTLE_KEPT else products_kept():
+                return again(plain, *args, **kwargs)
         if not made:
             made.append(torch.compile(plain, dynamic=True))
         with torch._functorch.config.patch(partition):
