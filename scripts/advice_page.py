@@ -1,4 +1,6 @@
-"""Write docs/advice.md and docs/advice.zh-CN.md: rules.yaml as a table, and formulas against published figures."""
+"""Write docs/advice.md and docs/advice.zh-CN.md: rules.yaml as a table, how good the choice is, and formulas against
+published figures.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,6 +18,9 @@ from tunewright.core.words import Words
 
 DOCS = Path(__file__).parents[1] / "docs"
 FORESEEN = DOCS.parent / "benchmarks" / "advice.json"
+CHOICE = DOCS.parent / "benchmarks" / "choice.json"
+NEAR = 0.02
+"""What a choice may be worse than the best found."""
 Tree = dict[str, Any]
 GB, GIB = 1e9, float(1 << 30)
 CUDA = 0.8 * GIB
@@ -197,7 +202,7 @@ FORMULAS = (
      "Rajbhandari et al. 2020, 7; Shoeybi et al. 2019, arXiv:1909.08053"),
 )  # fmt: skip
 
-WORDS: dict[str, dict[str, str]] = {
+WORDS: dict[str, dict[str, Any]] = {
     "en": {
         "title": "# Advice", "other": "English | [中文](advice.zh-CN.md)",
         "intro": "`tunewright advise` says which method fits the model, the data and the hardware, before anything runs. It "
@@ -229,6 +234,20 @@ WORDS: dict[str, dict[str, str]] = {
         "recomputed. Adapters are on all linear layers here and on some of them in most sources. QLoRA's paper and LoRA's "
         "count fewer bytes for a trained parameter than the 16 of mixed precision. Of {count} figures {near} are within a fifth.",
         "figures_head": "| what | published | predicted | ratio | source |\n|---|---:|---:|---:|---|",
+        "choice": "## How good the choice is",
+        "choice_note": "`make bench-advice` tries methods on small tasks and compares what `advise` puts first, with no runs to learn "
+        "from, with the best of all trials. Every trial has the dials that advice writes for its method (batch, length, options, rate) "
+        "and the same number of optimizer steps; the best methods are tried at a third and at three times their rate as well, so the "
+        "best found is the best of methods and rates together. Regret is by how much the advised score is worse, as a share of the best: "
+        "at most {near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} that nobody looked at when rules were made. "
+        "The first are in-sample: rules and rates were changed after their trials were seen. The last two columns are what a method "
+        "picked blindly scores at its advised rate, in the middle and at worst. One seed, few steps: in brackets is what chance lets "
+        "two shares of so few questions differ by. Regret in loss is against the lowest held-out loss of all trials, whatever "
+        "decides. What the advisor knows nothing of, such as AdaLoRA, is among what it is compared with.",
+        "choice_head": "| task | decided by | advised | its score | best found | its score | regret | in loss | median method | worst | trials |\n"
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "scores": {"loss": "held-out loss", "exact_match": "exact match", "accuracy": "accuracy"},
+        "tuned": "", "fresh": " (fresh)",
         "foreseen": "## What a run foresees, against what was measured",
         "foreseen_note": "Where memory could be short, `run` takes the largest step of the recipe on tensors without values before "
         "training (`foresight.py`): the real model, method, objective and techniques, with no weights read and no formula for any of "
@@ -260,6 +279,17 @@ WORDS: dict[str, dict[str, str]] = {
         "figures_note": "GB 为 10^9 字节，GiB 为 2^30 字节。来源没有说明条件时，按一行 1,024 个词元、重算激活值计。这里的适配器加在所有线性层上，"
         "多数来源只加在一部分上。QLoRA 与 LoRA 论文对每个训练参数所计的字节少于混合精度的 16。{count} 个数字中有 {near} 个误差在五分之一以内。",
         "figures_head": "| 内容 | 已发表 | 预测 | 比值 | 出处 |\n|---|---:|---:|---:|---|",
+        "choice": "## 选择的质量",
+        "choice_note": "`make bench-advice` 在小任务上试验各种方法，把 `advise` 在没有任何历史运行时排在第一的方法与所有试验中最好的对照。每次试验都使用"
+        "建议为该方法写出的设置（批量、长度、选项、学习率）和相同的优化步数；最好的几种方法还以三分之一和三倍的学习率试验，因此“最好”是在方法和学习率上"
+        "共同搜索得到的。遗憾值是所选方法的得分比最好的差多少（占最好值的比例）：{tuned_all} 个任务中有 {tuned} 个不超过 {near:.0%}；"
+        "制定规则时没有看过的 {fresh_all} 个任务中有 {fresh} 个。前者是样本内结果：规则和学习率是在看过这些试验之后修改的。最后两列是随意选一种方法、"
+        "用建议的学习率时的得分：中位数和最差值。只有一个种子、步数很少：括号中是题目这么少时两个比例仅因偶然可能相差的幅度。“损失”一列是与所有试验中最低"
+        "留出损失相比的遗憾值。对照中也包括建议器不了解的方法，例如 AdaLoRA。",
+        "choice_head": "| 任务 | 判据 | 建议 | 得分 | 最好 | 得分 | 遗憾值 | 损失 | 方法中位数 | 最差 | 试验数 |\n"
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "scores": {"loss": "留出损失", "exact_match": "完全匹配", "accuracy": "准确率"},
+        "tuned": "", "fresh": "（未用于调整）",
         "foreseen": "## 运行前的预计与实测对照",
         "foreseen_note": "内存可能不足时，`run` 在训练之前用没有数值的张量走一遍配方中最大的一步（`foresight.py`）：模型、方法、目标和加速技术都是"
         "真实的，不读取权重，也不为任何一种另写公式。如果需要的多于空闲的，它会说明，并给出放得下的最省改动。`make bench-advice` 把预计与真实进程的峰值对照："
@@ -296,6 +326,29 @@ def _foreseen(row: Tree) -> str:
     return f"| {' | '.join([*own, dials, *sizes])} | {row['foreseen'] / row['measured'] - 1:+.1%} |"
 
 
+def choice(language: str) -> list[str]:
+    """What is advised beside the best of an exhaustive comparison, by benchmarks/choice.json."""
+    words, rows = WORDS[language], json.loads(CHOICE.read_text())
+    told: Tree = {"near": NEAR}
+    for group in ("tuned", "fresh"):
+        regrets = [row["regret"] for row in rows if row["group"] == group]
+        told |= {group: sum(regret <= NEAR for regret in regrets), f"{group}_all": len(regrets)}
+    table = "\n".join([words["choice_head"], *(_chosen(row, words, language) for row in rows)])
+    return [words["choice"], words["choice_note"].format(**told), table]
+
+
+def _chosen(row: Tree, words: Tree, language: str) -> str:
+    show = "{:.3f}".format if row["score"] == "loss" else "{:.1%}".format
+    sure = f" ({row['chance']:.0%})" if row["chance"] else ""
+    cells = [
+        row["title"][language] + words[row["group"]], words["scores"][row["score"]],
+        row["advised"]["name"], show(row["advised"]["score"]), row["best"]["name"], show(row["best"]["score"]),
+        f"{row['regret']:.1%}{sure}", f"{row['regret_in_loss']:.1%}",
+        show(row["median"]), show(row["worst"]), str(row["trials"]),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def page(language: str, found: Sequence[Figure]) -> str:
     """The whole page in one language."""
     words = WORDS[language]
@@ -304,7 +357,7 @@ def page(language: str, found: Sequence[Figure]) -> str:
     parts = [
         words["title"], words["other"], words["intro"], words["use"], EXAMPLES, words["made"],
         words["steps"].format(kinds=kinds, names=names), words["limits"], words["rules"], words["rules_note"],
-        "\n".join([words["rules_head"], *(_rule(rule, language) for rule in rules())]), words["formulas"],
+        "\n".join([words["rules_head"], *(_rule(rule, language) for rule in rules())]), *choice(language), words["formulas"],
         "\n".join([words["formulas_head"], *(_formula(row, language) for row in FORMULAS)]), words["figures"],
         words["figures_note"].format(count=len(found), near=near),
         "\n".join([words["figures_head"], *(_figure(figure, language) for figure in found)]), *foreseen(language),

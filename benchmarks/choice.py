@@ -1,0 +1,208 @@
+"""How good the advisor's choice is: ``python -m benchmarks.choice`` tries every method on the tasks of choice.yaml.
+
+Each trial is an ordinary run at the dials that advice writes for its method, and as many steps as all others. First every
+method that advice can choose at its rate, then the best at other rates, then all other methods. Goes on where it was stopped; what there is so far is kept in
+choice.json after each round, which docs/advice.md shows.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from benchmarks import choice_data, models
+from tunewright import advise, methods, recipes, trials
+from tunewright.advise import recipe as advised
+from tunewright.advise.plan import Plan
+from tunewright.advise.trained import FAMILIES
+from tunewright.core import plugins, store
+from tunewright.evaluate import chance
+from tunewright.variants import Trial, Variant
+
+Tree = dict[str, Any]
+HERE = Path(__file__).parent
+FOLDER = Path("runs/benchmarks/choice")
+RESULTS = HERE / "choice.json"
+LEFT_OUT = {
+    "scratch": "begins from random weights",
+    "multi_task": "needs rows of several tasks",
+    "peft": "stands for methods of another library by their names",
+}
+_LOWER = {"loss"}
+"""Scores of which less is better; others are shares."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and a model with what they are asked about."""
+
+    name: str
+    group: str
+    spec: Tree
+    fixtures: Path
+
+    @cached_property
+    def answer(self) -> advise.Answer:
+        """Advice as a user gets it who has measured nothing yet."""
+        model = str(self.spec["model"])
+        model = model if model.startswith("builtin:") else str(self.fixtures / model)
+        data = self.spec.get("data") or choice_data.held(FOLDER / "data", self.spec["rows"], self.fixtures)
+        pairs = [f"model={model}", *(f"data.{key}={value}" for key, value in data.items())]
+        return advise.answer("", [*pairs, f"runs={FOLDER / 'nothing'}"])
+
+    @property
+    def best(self) -> Plan:
+        """What advice puts first."""
+        return self.answer.plans[0]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of its trials, which are those of this data, batch and length; all else is in their names."""
+        dials = [
+            self.spec,
+            self.answer.question.situation.data.sha256,
+            self.best.batch,
+            self.best.choice.length,
+        ]
+        return FOLDER / f"{self.name}-{store.sha256_json(dials)[:8]}"
+
+    def trial(self, method: str, factor: float = 1.0) -> Trial:
+        """A method at its dials and ``factor`` times its rate."""
+        tree = self._recipe(method)
+        lr = float(f"{tree['train']['lr'] * factor:.2g}")
+        tree["train"] |= {"lr": lr, "max_steps": self.spec["steps"], "save_every": 0}
+        tree["evaluate"] = {"generate": False, **self.spec.get("evaluate", {})}
+        options = [f"{key} {value}" for key, value in tree["method"].items() if key != "name"]
+        name = ", ".join([method, *options, f"lr {lr:g}"])
+        return Trial(Variant(name, recipes.load(tree)), 0)
+
+    def _recipe(self, method: str) -> Tree:
+        """As ``advise --apply`` writes it; a method that advice does not know takes LoRA's dials and its own rate."""
+        plans = {plan.method: plan for plan in self.answer.plans}
+        known = plans.get(method, plans["lora"])
+        tree: Tree = yaml.safe_load(advised.text(self.answer.question, known, "en", str(self.folder)))
+        if method not in plans:
+            tree["method"] = {"name": method}
+            scale = known.lr / FAMILIES["lora"].lr
+            tree["train"]["lr"] = methods.kind(method).default_lr * scale
+        return tree
+
+    def run(self, trial: Trial) -> None:
+        """Unless it is there; one that fails is left out of the table, with its reason told."""
+        plan = trials.Plan(self.folder, 0.0, {})
+        trials.run_all(plan, [trial], {}, lambda told: print(f"{self.name} {told}", flush=True))
+
+    def found(self, trial: Trial) -> Tree | None:
+        """What a finished trial scored."""
+        at = trials.place(self.folder, trial)
+        if not trials.is_finished(at):
+            return None
+        stage = store.read_record(at / "results.json")["stages"][0]
+        after = stage["after"]
+        return {
+            "name": trial.variant.name, "method": stage["method"]["name"], "score": after[self.spec["score"]],
+            "loss": after["loss"], "questions": after.get("count", stage["data"]["valid"]["samples"]),
+        }  # fmt: skip
+
+    def worse(self, score: float, best: float) -> float:
+        """By what share of the best a score is worse."""
+        return (score - best if self.spec["score"] in _LOWER else best - score) / abs(best)
+
+
+def planned(task: Task) -> list[str]:
+    """Methods that advice can choose, in its order."""
+    return [plan.method for plan in task.answer.plans]
+
+
+def others() -> list[str]:
+    """Methods that it cannot."""
+    return [name for name in plugins.names("methods") if name not in {*FAMILIES, *LEFT_OUT}]
+
+
+def narrowed(task: Task, rates: Sequence[float], best: int) -> Iterator[Trial]:
+    """The best methods and the advised one, at other rates."""
+    at_advised = [task.trial(method) for method in [*planned(task), *others()]]
+    found = sorted(
+        (row for trial in at_advised if (row := task.found(trial))),
+        key=lambda row: task.worse(row["score"], 1.0),
+    )
+    chosen = dict.fromkeys([task.best.method, *(row["method"] for row in found[:best])])
+    for method in chosen:
+        for factor in rates:
+            yield task.trial(method, factor)
+
+
+def row(task: Task, spec: Tree) -> Tree | None:
+    """A line of the table, of what has been tried so far; None before the choice itself has been."""
+    own = task.found(task.trial(task.best.method))
+    at_advised = [task.found(task.trial(method)) for method in [*planned(task), *others()]]
+    first = [one for one in at_advised if one]
+    if own is None:
+        return None
+    tried = (task.found(task.trial(one["method"], factor)) for one in first for factor in spec["rates"])
+    every = first + [one for one in tried if one]
+    ranked = sorted(every, key=lambda one: (task.worse(one["score"], 1.0), one["loss"]))
+    scores = sorted((one["score"] for one in first), key=lambda score: task.worse(score, 1.0))
+    best, low = ranked[0], min(one["loss"] for one in every)
+    return {
+        "task": task.name, "group": task.group, "title": task.spec["title"], "score": task.spec["score"], "steps": task.spec["steps"],
+        "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
+        "advised": own, "best": best, "regret": task.worse(own["score"], best["score"]),
+        "chance": _chance(task, own, best),
+        "regret_in_loss": (own["loss"] - low) / low, "median": median(scores), "worst": scores[-1],
+        "methods": len(first), "trials": len(every), "ranked": ranked,
+    }  # fmt: skip
+
+
+def _chance(task: Task, *rows: Tree) -> float | None:
+    """What so few held-out questions let two shares differ by, as a share of the best."""
+    if task.spec["score"] in _LOWER:
+        return None
+    errors = [chance.share_error(one["score"], one["questions"]) for one in rows]
+    return chance.margin(*errors) / float(rows[-1]["score"])
+
+
+def write(tasks: Sequence[Task], spec: Tree) -> None:
+    """Keep what docs/advice.md shows, and tell it."""
+    found = [one for task in tasks if (one := row(task, spec))]
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
+    for one in found:
+        told = f"advised {one['advised']['name']} {one['advised']['score']:.3f}, best {one['best']['name']}"
+        print(f"{one['task']}: {told} {one['best']['score']:.3f}, regret {one['regret']:.1%}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Round after round over all tasks, so that what there is at any time is of use."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
+    parser.add_argument("--tasks", default="", help="Some of them, with commas between.")
+    parser.add_argument("--rounds", type=int, default=4, help="So many of the four.")
+    parser.add_argument("--told", action="store_true", help="Try nothing, tell what there is.")
+    given = parser.parse_args(arguments)
+    spec = yaml.safe_load((HERE / "choice.yaml").read_text())
+    tasks = [
+        Task(name, group, own, given.fixtures)
+        for group in ("tuned", "fresh")
+        for name, own in spec[group].items()
+    ]
+    wanted = [task for task in tasks if not given.tasks or task.name in given.tasks.split(",")]
+    rounds: list[Callable[[Task], Iterable[Trial]]] = [
+        lambda task: map(task.trial, planned(task)), lambda task: narrowed(task, spec["rates"], spec["best"][0]),
+        lambda task: map(task.trial, others()), lambda task: narrowed(task, spec["rates"], spec["best"][1]),
+    ]  # fmt: skip
+    for trials_of in () if given.told else rounds[: given.rounds]:
+        for task in wanted:
+            for trial in trials_of(task):
+                task.run(trial)
+        write(tasks, spec)
+    write(tasks, spec)
+
+
+if __name__ == "__main__":
+    main()
