@@ -100,14 +100,25 @@ class Task:
 
     def found(self, trial: Trial) -> Tree | None:
         """What a finished trial scored."""
-        at = trials.place(self.folder, trial)
+        return self._found(trials.place(self.folder, trial))
+
+    def tried(self) -> list[Tree]:
+        """All that was ever tried, also at rates that advice had before its rules were changed; the best first."""
+        found = (self._found(at) for at in sorted(self.folder.glob("trials/*")))
+        return sorted(
+            (one for one in found if one), key=lambda one: (self.worse(one["score"], 1.0), one["loss"])
+        )
+
+    def _found(self, at: Path) -> Tree | None:
         if not trials.is_finished(at):
             return None
         stage = store.read_record(at / "results.json")["stages"][0]
-        after = stage["after"]
+        after, method = stage["after"], stage["method"]
+        rank = f", rank {method['rank']}" if "rank" in method else ""
         return {
-            "name": trial.variant.name, "method": stage["method"]["name"], "score": after[self.spec["score"]],
-            "loss": after["loss"], "questions": after.get("count", stage["data"]["valid"]["samples"]),
+            "name": f"{method['name']}{rank}, lr {stage['train_config']['lr']:g}", "method": method["name"],
+            "score": after[self.spec["score"]], "loss": after["loss"],
+            "questions": after.get("count", stage["data"]["valid"]["samples"]),
         }  # fmt: skip
 
     def worse(self, score: float, best: float) -> float:
@@ -138,25 +149,20 @@ def narrowed(task: Task, rates: Sequence[float], best: int) -> Iterator[Trial]:
             yield task.trial(method, factor)
 
 
-def row(task: Task, spec: Tree) -> Tree | None:
+def row(task: Task) -> Tree | None:
     """A line of the table, of what has been tried so far; None before the choice itself has been."""
-    own = task.found(task.trial(task.best.method))
-    at_advised = [task.found(task.trial(method)) for method in [*planned(task), *others()]]
-    first = [one for one in at_advised if one]
+    own, every = task.found(task.trial(task.best.method)), task.tried()
     if own is None:
         return None
-    tried = (task.found(task.trial(one["method"], factor)) for one in first for factor in spec["rates"])
-    every = first + [one for one in tried if one]
-    ranked = sorted(every, key=lambda one: (task.worse(one["score"], 1.0), one["loss"]))
+    first = [one for method in [*planned(task), *others()] if (one := task.found(task.trial(method)))]
     scores = sorted((one["score"] for one in first), key=lambda score: task.worse(score, 1.0))
-    best, low = ranked[0], min(one["loss"] for one in every)
+    best, low = every[0], min(one["loss"] for one in every)
     return {
-        "task": task.name, "group": task.group, "title": task.spec["title"], "score": task.spec["score"], "steps": task.spec["steps"],
-        "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
+        "task": task.name, "group": task.group, "title": task.spec["title"], "score": task.spec["score"],
+        "steps": task.spec["steps"], "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
         "advised": own, "best": best, "regret": task.worse(own["score"], best["score"]),
-        "chance": _chance(task, own, best),
-        "regret_in_loss": (own["loss"] - low) / low, "median": median(scores), "worst": scores[-1],
-        "methods": len(first), "trials": len(every), "ranked": ranked,
+        "chance": _chance(task, own, best), "regret_in_loss": (own["loss"] - low) / low,
+        "median": median(scores), "worst": scores[-1], "methods": len(first), "trials": len(every), "ranked": every,
     }  # fmt: skip
 
 
@@ -168,9 +174,9 @@ def _chance(task: Task, *rows: Tree) -> float | None:
     return chance.margin(*errors) / float(rows[-1]["score"])
 
 
-def write(tasks: Sequence[Task], spec: Tree) -> None:
+def write(tasks: Sequence[Task]) -> None:
     """Keep what docs/advice.md shows, and tell it."""
-    found = [one for task in tasks if (one := row(task, spec))]
+    found = [one for task in tasks if (one := row(task))]
     RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
     for one in found:
         told = f"advised {one['advised']['name']} {one['advised']['score']:.3f}, best {one['best']['name']}"
@@ -200,8 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in wanted:
             for trial in trials_of(task):
                 task.run(trial)
-        write(tasks, spec)
-    write(tasks, spec)
+        write(tasks)
+    write(tasks)
 
 
 if __name__ == "__main__":

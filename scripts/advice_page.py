@@ -374,6 +374,7 @@ def _rule(rule: Rule, language: str) -> str:
     effects += [
         f"`{name}.{key}: {value}`" for name, own in rule.options.items() for key, value in own.items()
     ]
+    effects += [f"`{name}.lr × {factor:g}`" for name, factor in rule.rates.items()]
     effects += [f"`train.{key}: {value}`" for key, value in rule.train.items()]
     said = rule.words[1 if language == "zh" else 0]
     return f"| {rule.id} | {where} | {', '.join(effects)} | {said} | {rule.source} |"

@@ -167,7 +167,7 @@ def test_rules_name_methods_objectives_and_conditions_that_there_are() -> None:
     names = [rule.id for rule in rules()]
     assert len(set(names)) == len(names)
     for rule in rules():
-        assert {*rule.scores, *rule.options} <= set(FAMILIES), rule.id
+        assert {*rule.scores, *rule.options, *rule.rates} <= set(FAMILIES), rule.id
         assert set(rule.when) <= set(CONDITIONS), rule.id
         assert rule.words.en, rule.words.zh
         assert rule.source

@@ -31,15 +31,11 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     return Task("tiny", "tuned", SPEC, tmp_path)
 
 
-def keep(task: Task, trial: Trial, loss: float, before: float = 5.0) -> None:
+def keep(task: Task, trial: Trial, loss: float) -> None:
     """As a finished run leaves it."""
     method = trial.variant.recipe.stages[0].method
-    stage = {
-        "method": method,
-        "before": {"loss": before},
-        "after": {"loss": loss},
-        "data": {"valid": {"samples": 9}},
-    }
+    settings = {"method": method, "train_config": {"lr": trial.variant.recipe.stages[0].train.lr}}
+    stage = {**settings, "after": {"loss": loss}, "data": {"valid": {"samples": 9}}}
     at = trials.place(task.folder, trial)
     at.mkdir(parents=True)
     store.write_record(at / "results.json", {"status": "finished", "stages": [stage]})
@@ -77,7 +73,7 @@ def test_regret_is_against_the_best_of_methods_and_rates(task: Task) -> None:
     keep(task, task.trial("ia3"), 4.0)
     keep(task, task.trial("lora"), 1.2)
     keep(task, task.trial("lora", 3), 1.0)
-    found = choice.row(task, {"rates": [0.3333, 3]})
+    found = choice.row(task)
     assert found
     assert found["regret"] == pytest.approx(0.1)
     assert (found["best"]["method"], found["best"]["score"]) == ("lora", 1.0)
@@ -85,7 +81,7 @@ def test_regret_is_against_the_best_of_methods_and_rates(task: Task) -> None:
 
 
 def test_without_the_choice_itself_there_is_no_row(task: Task) -> None:
-    assert choice.row(task, {"rates": [3]}) is None
+    assert choice.row(task) is None
 
 
 def test_the_best_and_the_advised_are_tried_at_other_rates(task: Task) -> None:

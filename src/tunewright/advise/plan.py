@@ -1,7 +1,7 @@
 """Plans: for each method where it runs and what it takes, best first, with the reasons."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,8 +112,14 @@ def _plan(situation: Situation, method: str, objective: str, rules: list[Rule] |
     return Plan(
         choice, placement, parts, fits(parts, fleet.device.memory), rate, data.tokens * epochs / rate / 3600,
         trained.count(method, shape, options), trained.saved_bytes(method, shape, options, choice.precision),
-        batch, epochs, choice.family.lr * (_FASTER if shape.parameters < _SMALL else 1),
+        batch, epochs, _lr(situation, choice, rules),
     )  # fmt: skip
+
+
+def _lr(situation: Situation, choice: Choice, rules: Iterable[Rule]) -> float:
+    """The method's default, times what the model's size and rules say."""
+    factors = [rule.rates.get(choice.method, 1.0) for rule in rules]
+    return choice.family.lr * (_FASTER if situation.shape.parameters < _SMALL else 1) * math.prod(factors)
 
 
 def _epochs(situation: Situation, objective: str) -> float:

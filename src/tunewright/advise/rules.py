@@ -28,6 +28,8 @@ class Rule:
     objective: str = ""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Method -> options."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Method -> what its learning rate is multiplied by."""
     train: Mapping[str, Any] = field(default_factory=dict)
 
     def holds(self, situation: Situation, fitting: Fitting) -> bool:
