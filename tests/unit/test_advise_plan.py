@@ -187,7 +187,8 @@ def test_rules_name_methods_objectives_and_conditions_that_there_are() -> None:
      ("labels", situation(data=rows(kind="labels"))), ("goal-quality", situation("gpt2", goal="quality")),
      ("goal-quality-low-rank", situation("llama-2-70b", goal="quality")), ("goal-speed", situation(goal="speed")),
      ("goal-memory", situation(goal="memory")), ("experts", situation("mixtral-8x7b")),
-     ("no-bf16", situation(devices="1xV100")), ("first-choice", situation())],
+     ("no-bf16", situation(devices="1xV100")), ("first-choice", situation()),
+     ("preferences-all-weights", situation(data=rows(kind="pairs")))],
 )  # fmt: skip
 def test_each_rule_holds_where_it_should(rule: str, one: Situation) -> None:
     fitting = {plan.method for plan in plans(one) if plan.fits and not plan.placement.offload}
@@ -199,5 +200,28 @@ def test_small_models_are_trained_whole() -> None:
         "builtin:pico", configs.find("builtin:pico"), hardware.parse("1x8GB"), facts.assume(1000, 64)
     )
     best = plans(pico)[0]
-    assert (best.method, best.lr) == ("full", 5e-4)
+    assert (best.method, best.lr) == ("full", 1e-3)
     assert [rule.id for rule in holding(pico, {"full", "lora"})] == ["first-choice", "small-model"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "rate"),
+    [
+        ("conversations", "full", 1e-3),
+        ("texts", "full", 3e-3),
+        ("pairs", "full", 1e-4),
+        ("labels", "lora", 2e-3),
+    ],
+)
+def test_rules_multiply_rates_by_what_is_learned(kind: str, method: str, rate: float) -> None:
+    data = rows(rows=1000, kind=kind)
+    pico = Situation("builtin:pico", configs.find("builtin:pico"), hardware.parse("1x8GB"), data)
+    best = plans(pico)[0]
+    assert (best.method, best.lr) == (method, pytest.approx(rate))
+
+
+def test_all_weights_of_large_models_learn_preferences_slowly() -> None:
+    pairs = {plan.method: plan for plan in plans(situation(data=rows(kind="pairs")))}
+    talks = {plan.method: plan for plan in plans(situation())}
+    assert pairs["full"].lr == pytest.approx(talks["full"].lr / 10)
+    assert pairs["lora"].lr == talks["lora"].lr

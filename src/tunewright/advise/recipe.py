@@ -116,8 +116,8 @@ _WHY = {
     "fp16": Words("the device has no bf16", "设备不支持 bf16"),
     "epochs": Words("fewer passes the more rows there are", "数据越多，轮数越少"),
     "lr": Words(
-        "the method's default; ten times that for models under 50 M",
-        "该方法的默认值；小于 50 M 的模型取十倍",
+        "the method's default; ten times that for models under 50 M, and times what rules say",
+        "该方法的默认值；小于 50 M 的模型取十倍，再乘以规则给出的倍数",
     ),
     "tokens_per_batch": Words(
         "some 32 rows, and at least 50 steps if possible", "约 32 行，尽量不少于 50 步"
