@@ -1,6 +1,6 @@
 # Six words: make setup, demo, test, check, faults, bench. Each creates .venv and installs what it needs.
 # For bench there are bench-peers, which installs the systems it compares with, bench-gpu, and bench-advice, which holds
-# what is foreseen of memory against what is measured.
+# what is foreseen of memory against what is measured, and what is advised against the best that is found (over an hour).
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := torch==2.13.0
@@ -53,6 +53,7 @@ bench: .venv/.installed-test
 
 bench-advice: .venv/.installed-test
 	$(BIN)/python -m benchmarks.advice
+	$(BIN)/python -m benchmarks.choice
 	$(BIN)/python scripts/advice_page.py
 
 bench-peers: .venv-peers/.installed .venv-llamafactory/.installed

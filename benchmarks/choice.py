@@ -162,7 +162,7 @@ def row(task: Task) -> Tree | None:
         "steps": task.spec["steps"], "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
         "advised": own, "best": best, "regret": task.worse(own["score"], best["score"]),
         "chance": _chance(task, own, best), "regret_in_loss": (own["loss"] - low) / low,
-        "median": median(scores), "worst": scores[-1], "methods": len(first), "trials": len(every), "ranked": every,
+        "median": median(scores), "worst": scores[-1], "methods": len({one["method"] for one in every}), "of": len(planned(task)) + len(others()), "trials": len(every), "ranked": every,
     }  # fmt: skip
 
 

@@ -239,12 +239,13 @@ WORDS: dict[str, dict[str, Any]] = {
         "from, with the best of all trials. Every trial has the dials that advice writes for its method (batch, length, options, rate) "
         "and the same number of optimizer steps; the best methods are tried at a third and at three times their rate as well, so the "
         "best found is the best of methods and rates together. Regret is by how much the advised score is worse, as a share of the best: "
-        "at most {near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} that nobody looked at when rules were made. "
-        "The first are in-sample: rules and rates were changed after their trials were seen. The last two columns are what a method "
-        "picked blindly scores at its advised rate, in the middle and at worst. One seed, few steps: in brackets is what chance lets "
-        "two shares of so few questions differ by. Regret in loss is against the lowest held-out loss of all trials, whatever "
-        "decides. What the advisor knows nothing of, such as AdaLoRA, is among what it is compared with.",
-        "choice_head": "| task | decided by | advised | its score | best found | its score | regret | in loss | median method | worst | trials |\n"
+        "at most {near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} fresh ones. The first are in-sample: rules and "
+        "rates were changed by what these trials showed, and no rule for a fresh task. `median` and `worst` are of methods at their "
+        "advised rates: what a blind pick scores. One seed and few steps: in brackets is what chance lets two shares of so few "
+        "questions differ by, and a longer run may rank methods otherwise. Regret in loss is against the lowest held-out loss of all "
+        "trials, whatever decides. What advice cannot choose, such as AdaLoRA, is among what it is compared with. Tried so far are "
+        "{least} to {most} of {all} methods a task; the same command goes on with the others.",
+        "choice_head": "| task | decided by | advised | its score | best found | its score | regret | in loss | median | worst | trials |\n"
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "scores": {"loss": "held-out loss", "exact_match": "exact match", "accuracy": "accuracy"},
         "tuned": "", "fresh": " (fresh)",
@@ -282,10 +283,11 @@ WORDS: dict[str, dict[str, Any]] = {
         "choice": "## 选择的质量",
         "choice_note": "`make bench-advice` 在小任务上试验各种方法，把 `advise` 在没有任何历史运行时排在第一的方法与所有试验中最好的对照。每次试验都使用"
         "建议为该方法写出的设置（批量、长度、选项、学习率）和相同的优化步数；最好的几种方法还以三分之一和三倍的学习率试验，因此“最好”是在方法和学习率上"
-        "共同搜索得到的。遗憾值是所选方法的得分比最好的差多少（占最好值的比例）：{tuned_all} 个任务中有 {tuned} 个不超过 {near:.0%}；"
-        "制定规则时没有看过的 {fresh_all} 个任务中有 {fresh} 个。前者是样本内结果：规则和学习率是在看过这些试验之后修改的。最后两列是随意选一种方法、"
-        "用建议的学习率时的得分：中位数和最差值。只有一个种子、步数很少：括号中是题目这么少时两个比例仅因偶然可能相差的幅度。“损失”一列是与所有试验中最低"
-        "留出损失相比的遗憾值。对照中也包括建议器不了解的方法，例如 AdaLoRA。",
+        "共同搜索得到的。遗憾值是所选方法的得分比最好的差多少（占最好值的比例）：{tuned_all} 个任务中有 {tuned} 个不超过 {near:.0%}，"
+        "另外 {fresh_all} 个新任务中有 {fresh} 个。前者是样本内结果：规则和学习率根据这些试验修改过；没有为新任务改过规则。“中位数”和“最差”是各方法用建议"
+        "的学习率时的得分，即随意选一种方法的结果。只有一个种子、步数很少：括号中是题目这么少时两个比例仅因偶然可能相差的幅度；训练更久时名次可能不同。“损失”"
+        "一列是与所有试验中最低留出损失相比的遗憾值。对照中也包括建议不会选的方法，例如 AdaLoRA。目前每个任务试过 {all} 种方法中的 {least} 至 {most} 种，"
+        "再次运行同一命令会继续其余的。",
         "choice_head": "| 任务 | 判据 | 建议 | 得分 | 最好 | 得分 | 遗憾值 | 损失 | 方法中位数 | 最差 | 试验数 |\n"
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "scores": {"loss": "留出损失", "exact_match": "完全匹配", "accuracy": "准确率"},
@@ -329,7 +331,8 @@ def _foreseen(row: Tree) -> str:
 def choice(language: str) -> list[str]:
     """What is advised beside the best of an exhaustive comparison, by benchmarks/choice.json."""
     words, rows = WORDS[language], json.loads(CHOICE.read_text())
-    told: Tree = {"near": NEAR}
+    tried = [row["methods"] for row in rows]
+    told: Tree = {"near": NEAR, "least": min(tried), "most": max(tried), "all": rows[0]["of"]}
     for group in ("tuned", "fresh"):
         regrets = [row["regret"] for row in rows if row["group"] == group]
         told |= {group: sum(regret <= NEAR for regret in regrets), f"{group}_all": len(regrets)}

@@ -142,3 +142,13 @@ def test_the_tasks_are_six_to_tune_on_and_some_that_are_fresh() -> None:
     for name, own in {**spec["tuned"], **spec["fresh"]}.items():
         assert own["title"].keys() == {"en", "zh"}, name
         assert ("rows" in own) != ("data" in own), name
+
+
+def test_what_is_kept_is_of_these_tasks_and_the_best_is_the_best() -> None:
+    spec = yaml.safe_load((ROOT / "benchmarks/choice.yaml").read_text())
+    for row in json.loads((ROOT / "benchmarks/choice.json").read_text()):
+        assert spec[row["group"]][row["task"]]["title"] == row["title"]
+        assert row["regret"] >= 0
+        assert row["best"] == row["ranked"][0]
+        assert row["advised"] in row["ranked"]
+        assert len(row["ranked"]) == row["trials"] >= row["methods"]
