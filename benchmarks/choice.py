@@ -23,17 +23,21 @@ from tunewright.advise.plan import Plan
 from tunewright.advise.trained import FAMILIES
 from tunewright.core import plugins, store
 from tunewright.evaluate import chance
+from tunewright.recipes.schema import TrainConfig
 from tunewright.variants import Trial, Variant
 
 Tree = dict[str, Any]
 HERE = Path(__file__).parent
 FOLDER = Path("runs/benchmarks/choice")
 RESULTS = HERE / "choice.json"
+GROUPS = ("tuned", "seen", "fresh")
 LEFT_OUT = {
     "scratch": "begins from random weights",
     "multi_task": "needs rows of several tasks",
     "peft": "stands for methods of another library by their names",
 }
+_ASKED = ("warmup",)
+"""Dials of training that rules ask for."""
 _LOWER = {"loss"}
 """Scores of which less is better; others are shares."""
 
@@ -79,6 +83,7 @@ class Task:
         tree["train"] |= {"lr": lr, "max_steps": self.spec["steps"], "save_every": 0}
         tree["evaluate"] = {"generate": False, **self.spec.get("evaluate", {})}
         options = [f"{key} {value}" for key, value in tree["method"].items() if key != "name"]
+        options += [f"{key} {value:g}" for key, value in tree["train"].items() if key in _ASKED]
         name = ", ".join([method, *options, f"lr {lr:g}"])
         return Trial(Variant(name, recipes.load(tree)), 0)
 
@@ -114,9 +119,11 @@ class Task:
             return None
         stage = store.read_record(at / "results.json")["stages"][0]
         after, method = stage["after"], stage["method"]
-        rank = f", rank {method['rank']}" if "rank" in method else ""
+        train, dials = stage["train_config"], [method["name"]]
+        dials += [f"rank {method['rank']}"] if "rank" in method else []
+        dials += [f"{key} {train[key]:g}" for key in _ASKED if train[key] != getattr(TrainConfig(), key)]
         return {
-            "name": f"{method['name']}{rank}, lr {stage['train_config']['lr']:g}", "method": method["name"],
+            "name": ", ".join([*dials, f"lr {train['lr']:g}"]), "method": method["name"],
             "score": after[self.spec["score"]], "loss": after["loss"],
             "questions": after.get("count", stage["data"]["valid"]["samples"]),
         }  # fmt: skip
@@ -192,11 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--told", action="store_true", help="Try nothing, tell what there is.")
     given = parser.parse_args(arguments)
     spec = yaml.safe_load((HERE / "choice.yaml").read_text())
-    tasks = [
-        Task(name, group, own, given.fixtures)
-        for group in ("tuned", "fresh")
-        for name, own in spec[group].items()
-    ]
+    tasks = [Task(name, group, own, given.fixtures) for group in GROUPS for name, own in spec[group].items()]
     wanted = [task for task in tasks if not given.tasks or task.name in given.tasks.split(",")]
     rounds: list[Callable[[Task], Iterable[Trial]]] = [
         lambda task: map(task.trial, planned(task)), lambda task: narrowed(task, spec["rates"], spec["best"][0]),

@@ -239,8 +239,8 @@ WORDS: dict[str, dict[str, Any]] = {
         "from, with the best of all trials. Every trial has the dials that advice writes for its method (batch, length, options, rate) "
         "and the same number of optimizer steps; the best methods are tried at a third and at three times their rate as well, so the "
         "best found is the best of methods and rates together. Regret is by how much the advised score is worse, as a share of the best: "
-        "at most {near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} fresh ones. The first are in-sample: rules and "
-        "rates were changed by what these trials showed, and no rule for a fresh task. `median` and `worst` are of methods at their "
+        "at most {near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} fresh ones; on {unsure} more it is less than chance explains. The first are in-sample: rules and "
+        "rates were changed by what these trials showed, and the warm-up by the one marked as seen; no rule for a fresh task. `median` and `worst` are of methods at their "
         "advised rates: what a blind pick scores. One seed and few steps: in brackets is what chance lets two shares of so few "
         "questions differ by, and a longer run may rank methods otherwise. Regret in loss is against the lowest held-out loss of all "
         "trials, whatever decides. What advice cannot choose, such as AdaLoRA, is among what it is compared with. Tried so far are "
@@ -248,7 +248,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "choice_head": "| task | decided by | advised | its score | best found | its score | regret | in loss | median | worst | trials |\n"
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "scores": {"loss": "held-out loss", "exact_match": "exact match", "accuracy": "accuracy"},
-        "tuned": "", "fresh": " (fresh)",
+        "tuned": "", "seen": " (seen)", "fresh": " (fresh)",
         "foreseen": "## What a run foresees, against what was measured",
         "foreseen_note": "Where memory could be short, `run` takes the largest step of the recipe on tensors without values before "
         "training (`foresight.py`): the real model, method, objective and techniques, with no weights read and no formula for any of "
@@ -284,14 +284,14 @@ WORDS: dict[str, dict[str, Any]] = {
         "choice_note": "`make bench-advice` 在小任务上试验各种方法，把 `advise` 在没有任何历史运行时排在第一的方法与所有试验中最好的对照。每次试验都使用"
         "建议为该方法写出的设置（批量、长度、选项、学习率）和相同的优化步数；最好的几种方法还以三分之一和三倍的学习率试验，因此“最好”是在方法和学习率上"
         "共同搜索得到的。遗憾值是所选方法的得分比最好的差多少（占最好值的比例）：{tuned_all} 个任务中有 {tuned} 个不超过 {near:.0%}，"
-        "另外 {fresh_all} 个新任务中有 {fresh} 个。前者是样本内结果：规则和学习率根据这些试验修改过；没有为新任务改过规则。“中位数”和“最差”是各方法用建议"
+        "另外 {fresh_all} 个新任务中有 {fresh} 个；还有 {unsure} 个任务的差距小于偶然误差。前者是样本内结果：规则和学习率根据这些试验修改过，标为“看过”的任务使预热变长；没有为新任务改过规则。“中位数”和“最差”是各方法用建议"
         "的学习率时的得分，即随意选一种方法的结果。只有一个种子、步数很少：括号中是题目这么少时两个比例仅因偶然可能相差的幅度；训练更久时名次可能不同。“损失”"
         "一列是与所有试验中最低留出损失相比的遗憾值。对照中也包括建议不会选的方法，例如 AdaLoRA。目前每个任务试过 {all} 种方法中的 {least} 至 {most} 种，"
         "再次运行同一命令会继续其余的。",
         "choice_head": "| 任务 | 判据 | 建议 | 得分 | 最好 | 得分 | 遗憾值 | 损失 | 方法中位数 | 最差 | 试验数 |\n"
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "scores": {"loss": "留出损失", "exact_match": "完全匹配", "accuracy": "准确率"},
-        "tuned": "", "fresh": "（未用于调整）",
+        "tuned": "", "seen": "（看过）", "fresh": "（新）",
         "foreseen": "## 运行前的预计与实测对照",
         "foreseen_note": "内存可能不足时，`run` 在训练之前用没有数值的张量走一遍配方中最大的一步（`foresight.py`）：模型、方法、目标和加速技术都是"
         "真实的，不读取权重，也不为任何一种另写公式。如果需要的多于空闲的，它会说明，并给出放得下的最省改动。`make bench-advice` 把预计与真实进程的峰值对照："
@@ -333,6 +333,7 @@ def choice(language: str) -> list[str]:
     words, rows = WORDS[language], json.loads(CHOICE.read_text())
     tried = [row["methods"] for row in rows]
     told: Tree = {"near": NEAR, "least": min(tried), "most": max(tried), "all": rows[0]["of"]}
+    told["unsure"] = sum(NEAR < row["regret"] <= (row["chance"] or 0) for row in rows)
     for group in ("tuned", "fresh"):
         regrets = [row["regret"] for row in rows if row["group"] == group]
         told |= {group: sum(regret <= NEAR for regret in regrets), f"{group}_all": len(regrets)}

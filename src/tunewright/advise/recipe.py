@@ -124,6 +124,7 @@ _WHY = {
     ),
     "micro_tokens": Words("what fits in memory at a time", "一次放得进内存的量"),
     "gradient_checkpointing": Words("activations would not fit", "否则激活值放不下"),
+    "warmup": Words("short runs at a high rate need more of it", "步数少而学习率高时需要更长的预热"),
     "early_stop": Words("ends when held-out loss no longer falls", "留出损失不再下降时停止"),
     "eval_every": Words("early stopping looks so often", "早停的检查间隔"),
 }
