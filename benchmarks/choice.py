@@ -68,12 +68,9 @@ class Task:
     @cached_property
     def folder(self) -> Path:
         """Of its trials, which are those of this data, batch and length; all else is in their names."""
-        dials = [
-            self.spec,
-            self.answer.question.situation.data.sha256,
-            self.best.batch,
-            self.best.choice.length,
-        ]
+        spec = {key: self.spec.get(key) for key in ("model", "evaluate", "steps")}
+        question, choice = self.answer.question, self.best.choice
+        dials = [spec, question.situation.data.sha256, self.best.batch, choice.length, choice.objective]
         return FOLDER / f"{self.name}-{store.sha256_json(dials)[:8]}"
 
     def trial(self, method: str, factor: float = 1.0) -> Trial:
