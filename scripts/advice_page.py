@@ -244,7 +244,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "advised rates: what a blind pick scores. One seed and few steps: in brackets is what chance lets two shares of so few "
         "questions differ by, and a longer run may rank methods otherwise. Regret in loss is against the lowest held-out loss of all "
         "trials, whatever decides. What advice cannot choose, such as AdaLoRA, is among what it is compared with. Tried so far are "
-        "{least} to {most} of {all} methods a task; the same command goes on with the others.",
+        "{least} to {most} of {all} methods a task, so the best of all may not be found yet; the same command goes on with the others.",
         "choice_head": "| task | decided by | advised | its score | best found | its score | regret | in loss | median | worst | trials |\n"
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "scores": {"loss": "held-out loss", "exact_match": "exact match", "accuracy": "accuracy"},
@@ -287,7 +287,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "另外 {fresh_all} 个新任务中有 {fresh} 个；还有 {unsure} 个任务的差距小于偶然误差。前者是样本内结果：规则和学习率根据这些试验修改过，标为“看过”的任务使预热变长；没有为新任务改过规则。“中位数”和“最差”是各方法用建议"
         "的学习率时的得分，即随意选一种方法的结果。只有一个种子、步数很少：括号中是题目这么少时两个比例仅因偶然可能相差的幅度；训练更久时名次可能不同。“损失”"
         "一列是与所有试验中最低留出损失相比的遗憾值。对照中也包括建议不会选的方法，例如 AdaLoRA。目前每个任务试过 {all} 种方法中的 {least} 至 {most} 种，"
-        "再次运行同一命令会继续其余的。",
+        "因此全部方法中最好的可能尚未找到；再次运行同一命令会继续其余的。",
         "choice_head": "| 任务 | 判据 | 建议 | 得分 | 最好 | 得分 | 遗憾值 | 损失 | 方法中位数 | 最差 | 试验数 |\n"
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "scores": {"loss": "留出损失", "exact_match": "完全匹配", "accuracy": "准确率"},
