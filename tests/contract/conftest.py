@@ -1,15 +1,13 @@
 """The tiny models of the contract tests and the lessons on them, made once for a session."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
 import architectures
 import learning
 import pytest
-from elsewhere import Elsewhere
 from lab_more import one_thread
 from school import School
-
-Wait = Callable[[], tuple[float, float]]
 
 
 @pytest.fixture(scope="session")
@@ -21,18 +19,10 @@ def school(own_cache: object, tmp_path_factory: pytest.TempPathFactory) -> Itera
     made.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def learned(request: pytest.FixtureRequest, own_cache, tmp_path_factory) -> Iterator[dict[str, Wait]]:
-    """What comes of each method that test_learning.py is to look at; all are begun now, in another process."""
-    items = (item for item in request.session.items if item.path.stem == "test_learning")
-    wanted = [item.callspec.params["method"] for item in items]
-    if not wanted:
-        yield {}
-        return
-    folder = tmp_path_factory.mktemp("learning")
-    model, process = learning.save_lower_half(folder / "model"), Elsewhere()
-    yield {method: process.ask(learning.losses, method, model, folder) for method in wanted}
-    process.close()
+@pytest.fixture(scope="session")
+def lower_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that methods learn on."""
+    return learning.save_lower_half(tmp_path_factory.mktemp("learning") / "model")
 
 
 @pytest.fixture(autouse=True)

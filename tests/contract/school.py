@@ -40,12 +40,18 @@ class School:
         self.outline = cache(self._outline)
         self._stored = cache(self._load)
         self.objective = cache(self._objective)
+        self._method = ""
         self._lessons: dict[tuple[str, str], Lesson | None] = {}
         self._data: dict[Objective, tokens.Mixture] = {}
 
     def __call__(self, method: str, architecture: str) -> Lesson | None:
-        """The lesson; None if the method cannot be used on this architecture."""
+        """The lesson; None if the method cannot be used on this architecture.
+
+        Those of one method are kept until another's is asked for: they hold models.
+        """
         key = (method, architecture)
+        if method != self._method:
+            self._method, self._lessons = method, {}
         if key not in self._lessons:
             config = self.options(*key)
             refused = methods.kind(method)(config).problems(self.outline(architecture))

@@ -8,9 +8,17 @@ from school import School
 from tunewright.core import plugins
 
 METHODS = plugins.names("methods")
+
+
+def of_one(method: str) -> pytest.MarkDecorator:
+    """Tests of one method stay in one process: they share its lessons."""
+    return pytest.mark.xdist_group(method)
+
+
+every_method = pytest.mark.parametrize("method", [pytest.param(m, marks=of_one(m)) for m in METHODS])
 every_pair = pytest.mark.parametrize(
     ("method", "architecture"),
-    [pytest.param(m, a, id=f"{m}-{a}") for m in METHODS for a in ARCHITECTURES],
+    [pytest.param(m, a, id=f"{m}-{a}", marks=of_one(m)) for m in METHODS for a in ARCHITECTURES],
 )
 every_check = pytest.mark.parametrize("check", [pytest.param(c, id=c.__name__) for c in checks.CHECKS])
 
@@ -38,13 +46,13 @@ def test_the_common_methods_are_refused_nowhere(school: School, method):
     assert refused(school, method) == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_every_method_is_for_one_architecture_at_least(school: School, method):
     assert len(refused(school, method)) < len(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("objective", plugins.names("objectives"))
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_every_method_takes_a_step_of_every_objective(school: School, method, objective):
     lesson = next(made for a in ARCHITECTURES if (made := school(method, a)))
     checks.takes_a_step_of(lesson, objective)

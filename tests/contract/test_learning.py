@@ -1,8 +1,6 @@
-"""Every method learns: forty small steps on built-in data lower the loss on held-out rows.
+"""Every method learns: forty small steps on built-in data lower the loss on held-out rows."""
 
-They are taken in a process of their own, on the other core, from the beginning of the session on.
-"""
-
+import learning
 import pytest
 
 from tunewright import methods
@@ -16,6 +14,6 @@ measured before and after and everything is seeded, so that what learns nothing 
 
 
 @pytest.mark.parametrize("method", plugins.names("methods"))
-def test_the_loss_falls_in_forty_steps(learned, method):
-    before, after = learned[method]()
+def test_the_loss_falls_in_forty_steps(lower_half, tmp_path, method):
+    before, after = learning.losses(method, lower_half, tmp_path)
     assert after < before * (1 - LEAST[methods.kind(method).folder]), f"{before:.3f} -> {after:.3f}"
