@@ -206,6 +206,11 @@ def precisions() -> list[str]:
     return [name for name in known if name != "fp16" or best_device() != "cpu"]
 
 
+def dealt(count: int, place: int, among: int) -> int:
+    """How many of the count come to one place, dealt out in turn."""
+    return count // among + (place < count % among)
+
+
 def learns_labels(objective: type[Objective]) -> bool:
     """Whether labels alone say what is right: noise in them is a spike in the loss."""
     return issubclass(objective, Causal) and objective.others is Objective.others
