@@ -25,15 +25,15 @@ setup: .venv/.installed
 demo: .venv/.installed
 	$(BIN)/tunewright demo
 
-# Tiny models are fastest on one thread each: files of tests run side by side, one process a core.
+# Tiny models are fastest on one thread each: tests run side by side, one process a core. Those that are timed run alone.
 # The processes must name tests alike, also those named after sets.
 # Coverage is measured where it tells something: contract tests do the same for every method, and most of what the
-# fault tests run is in child processes. It makes tests take half as long again.
+# fault tests and those from the shell run is in child processes. It makes tests take half as long again.
+# A group is of tests that share something dear. Those from the shell come first: their longest group takes minutes.
 test: .venv/.installed-test
-	$(SIDE_BY_SIDE) --dist loadfile tests/unit tests/e2e/untimed --cov --cov-report= --cov-fail-under=0
-	$(SIDE_BY_SIDE) --dist loadfile tests/contract
-	$(BIN)/python -m pytest tests/e2e --ignore tests/e2e/untimed --cov --cov-append --cov-report=term
-	$(SIDE_BY_SIDE) --dist load tests/faults
+	$(SIDE_BY_SIDE) --dist worksteal tests/unit tests/e2e/untimed --cov --cov-report=term
+	$(SIDE_BY_SIDE) --dist loadgroup --no-loadscope-reorder tests/e2e/shell tests/contract tests/faults
+	$(BIN)/python -m pytest tests/e2e/test_*.py
 
 check: .venv/.installed-test
 	$(BIN)/ruff check
