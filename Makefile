@@ -27,13 +27,13 @@ demo: .venv/.installed
 
 # Tiny models are fastest on one thread each: tests run side by side, one process a core. Those that are timed run alone.
 # The processes must name tests alike, also those named after sets.
-# Coverage is measured where it tells something: contract tests do the same for every method, and most of what the
-# fault tests and those from the shell run is in child processes. It makes tests take half as long again.
-# A group is of tests that share something dear. Those from the shell come first: their longest group takes minutes.
+# Coverage is that of the unit tests: contract tests do the same for every method, most of what end-to-end and fault
+# tests run is in child processes, and it makes tests take half as long again.
+# A group is of tests that share something dear. End-to-end tests come first: their longest group takes minutes.
 test: .venv/.installed-test
-	$(SIDE_BY_SIDE) --dist worksteal tests/unit tests/e2e/untimed --cov --cov-report=term
-	$(SIDE_BY_SIDE) --dist loadgroup --no-loadscope-reorder tests/e2e/shell tests/contract tests/faults
-	$(BIN)/python -m pytest tests/e2e/test_*.py
+	$(SIDE_BY_SIDE) --dist worksteal tests/unit --cov --cov-report=term
+	$(SIDE_BY_SIDE) --dist loadgroup --no-loadscope-reorder tests/e2e/untimed tests/contract tests/faults
+	$(BIN)/python -m pytest tests/e2e --ignore tests/e2e/untimed
 
 check: .venv/.installed-test
 	$(BIN)/ruff check
