@@ -93,7 +93,7 @@ def _recipe(case: Tree, spec: Tree, fixtures: Path) -> Tree:
     data = folder / "data" / f"{case['model']}-{kind}-{length}-{tokens}.jsonl"
     if not data.exists():
         data.parent.mkdir(parents=True, exist_ok=True)
-        rows.write(data, list(_rows(model, kind, length, max(4, _STEPS * tokens // length))))
+        rows.write(data, list(some_rows(model, kind, length, max(4, _STEPS * tokens // length))))
     train = {"tokens_per_batch": tokens, "gradient_checkpointing": case.get("checkpointing", False)}
     return {
         "output": str(folder / "run"), "model": str(model), "method": case["method"], "objective": kind,
@@ -103,7 +103,7 @@ def _recipe(case: Tree, spec: Tree, fixtures: Path) -> Tree:
     }  # fmt: skip
 
 
-def _rows(model: Path, kind: str, length: int, count: int) -> Any:
+def some_rows(model: Path, kind: str, length: int, count: int) -> Any:
     """Rows of words drawn by a seed, of three quarters of the length to the length."""
     from transformers import AutoTokenizer
 

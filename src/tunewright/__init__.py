@@ -35,8 +35,9 @@ def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: b
     """
     from tunewright import pipeline
     from tunewright.agenda import Wish
+    from tunewright.auto import Advisor
 
-    loaded = pipeline.load(recipe, overrides)
+    loaded = pipeline.load(recipe, overrides, Advisor(fresh, (lambda line: None) if quiet else print))
     return pipeline.run(loaded, quiet=quiet, fresh=fresh, allow_drift=allow_drift, wish=Wish(start, only))
 
 

@@ -49,6 +49,11 @@ def _say(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
+def _hear(as_json: bool) -> Callable[[str], None]:
+    """What is done meanwhile, beside what is asked for."""
+    return (lambda line: None) if as_json else (lambda line: typer.echo(line, err=True))
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"), as_json: Json = False
@@ -85,10 +90,12 @@ def run(
 ) -> None:
     """Run a recipe; running it again resumes it. Dials: train.lr=1e-4 data.train=my.jsonl output=runs/x."""
     from tunewright import agenda, pipeline
+    from tunewright.auto import Advisor
     from tunewright.train import guard
 
     guard.Preemption.lasting = True
-    loaded, wish = pipeline.load(recipe, overrides or []), agenda.Wish(start, only)
+    advisor = Advisor(fresh, _hear(as_json), dry=plan)
+    loaded, wish = pipeline.load(recipe, overrides or [], advisor), agenda.Wish(start, only)
     if plan:
         tasks = pipeline.plan(loaded, wish, allow_drift)
         told = [{"stage": task.name, "action": task.action, "why": task.why} for task in tasks]
@@ -121,7 +128,7 @@ def advise(
     if probe:
         from tunewright.probe import probed
 
-        answer = probed(answer, lambda line: typer.echo(line, err=True))
+        answer = probed(answer, _hear(as_json))
     if apply:
         answer.write(apply, lang.value)
     _say(answer.to_json()) if as_json else typer.echo("\n".join(answer.lines(lang.value)))

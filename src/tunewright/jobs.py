@@ -98,7 +98,9 @@ class Job:
 
         Made once: it reads every byte of the base model.
         """
-        stage = self.stage.model_dump(mode="json", exclude={"evaluate": True, "train": {"keep"}})
+        stage = self.stage.model_dump(
+            mode="json", exclude={"evaluate": True, "advised": True, "train": {"keep"}}
+        )
         return {
             **stage,
             "parent_sha256": self.parent.sha256() if self.parent else "",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright import agenda, comparison, doctor, drifts, jobs, methods, recipes, shortage
+from tunewright.auto import Advisor
 from tunewright.comparison import Comparison
 from tunewright.core import events, lock, machine, paths, store
 from tunewright.core.errors import DamagedError, RecipeError, StorageError, UserError
@@ -27,10 +28,17 @@ _TOLD = 20
 Source = str | Path | Mapping[str, Any]
 
 
-def load(source: Source, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
-    """The recipe. UserError tells its problems together with those of the model and data it names."""
+ADVISOR = Advisor()
+
+
+def load(
+    source: Source, overrides: Iterable[str] | Mapping[str, Any] = (), advisor: Advisor = ADVISOR
+) -> Recipe:
+    """The recipe, what it leaves open (``method: auto``) chosen by the advisor. UserError tells its problems together
+    with those of the model and data it names.
+    """
     try:
-        return recipes.load(source, overrides)
+        return recipes.load(source, overrides, advisor)
     except RecipeError as error:
         raise UserError([*error.problems, *jobs.look(error.trees)]) from None
 
@@ -165,6 +173,8 @@ class _Runner:
             older = agenda.set_aside(self.folder, name)
             self.log.emit("anew", why=task.why, older=str(older or ""))
             differences = []
+        if isinstance(work, Job) and task.is_work and (advised := work.stage.advised):
+            self.log.emit("advised", method=work.stage.method["name"], **advised.model_dump(mode="json"))
         if isinstance(work, Job) and task.is_work and (short := shortage.of(work)):
             change = [f"{key}={str(value).lower()}" for key, value in short.change.items()]
             self.log.emit("shortage", need=short.need, free=short.free, change=change)

@@ -1,35 +1,50 @@
-"""Advice that has been tried: a few real steps of the best plans, each in a process of its own, correct what was predicted."""
+"""Advice that has been tried: real first steps of the best plans, each in a process of its own and with no more memory
+than there is, correct what was predicted; the dials of the first of them are the fastest that fit.
+"""
 
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
+from typing import Any
 
-import yaml
-
-from tunewright import trials
-from tunewright.advise import Answer, recipe
+from tunewright import recipes, trials
+from tunewright.advise import Answer
+from tunewright.advise.memory import ON_POLICY
 from tunewright.advise.past import Measured
 from tunewright.advise.placement import HEADROOM
 from tunewright.advise.plan import Plan
-from tunewright.core import events, store
+from tunewright.advise.question import Question
+from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
 from tunewright.core.errors import Problem, UserError
 from tunewright.core.units import human_bytes, human_seconds
 from tunewright.core.words import Words
-from tunewright.recipes import load
+from tunewright.range_test import range_test
+from tunewright.trials import Begun
 
 Tell = Callable[[str], None]
-_TRIED = 3
+TRIES = 3
 """Plans."""
-_STEPS = 6
-_COLD = 2
+_STEPS = 10
+_PATIENCE = 20.0
+"""Seconds after which fewer steps are enough."""
+_COLD = 3
 """Steps that also warm up."""
+_LEAST = 256
+"""Tokens at a time that are not cut further."""
+_FASTER = 1.05
+"""So much faster must another precision be to be taken."""
+_RATE_STEPS = (8, 40)
+"""Steps that a learning rate is tried for, at least and at most."""
+_RATE_SHARE, _RATE_SECONDS, _RATES = 0.25, 100.0, 4
+"""Trying some four rates may take a quarter of the run's time, or so many seconds if that is more."""
 
 
-def probed(answer: Answer, tell: Tell) -> Answer:
-    """The same plans, the best of them with measured speed and memory, the speeds of the others corrected by as much.
+def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -> Answer:
+    """The same plans, the best of them with measured speed and memory, the speeds of the others corrected by as much;
+    the first has its fastest dials, and with ``rates`` the learning rate of a range test.
 
     Plans that ended badly or do not fit come after those that did well; among these the order stays.
 
@@ -40,66 +55,186 @@ def probed(answer: Answer, tell: Tell) -> Answer:
     if not situation.fleet.device.here:
         what = "only plans for this machine can be tried, and devices were named"
         raise UserError(Problem("--probe", what, "leave out devices="))
-    first = [plan for plan in answer.plans if plan.fits][:_TRIED]
+    first = [plan for plan in answer.plans if plan.fits][:tries]
     with tempfile.TemporaryDirectory() as folder:
-        tried = [_tried(answer, plan, Path(folder), tell) for plan in first]
-    ratios = [
-        now.tokens_per_second / before.tokens_per_second
-        for before, now in zip(first, tried, strict=True)
-        if now.measured
-    ]
-    factor = geometric_mean(ratios) if ratios else 1.0
-    others = [_faster(plan, factor) for plan in answer.plans if plan not in first]
-    return replace(answer, plans=tuple(_ordered([*tried, *others])))
-
-
-def _ordered(plans: Iterable[Plan]) -> list[Plan]:
-    return sorted(plans, key=lambda plan: not plan.fits)
+        bench = _Bench(answer.question, Path(folder), tell)
+        tried = [bench.tried(plan) for plan in first]
+        ratios = [
+            now.tokens_per_second / before.tokens_per_second
+            for before, now in zip(first, tried, strict=True)
+            if now.fits
+        ]
+        factor = geometric_mean(ratios) if ratios else 1.0
+        others = [_faster(plan, factor) for plan in answer.plans if plan not in first]
+        best, *rest = sorted([*tried, *others], key=lambda plan: not plan.fits)
+        if best in tried and best.fits:
+            best = bench.settled(best)
+            best = bench.rated(best) if rates else best
+    return replace(answer, plans=(best, *rest))
 
 
 def _faster(plan: Plan, factor: float) -> Plan:
     return replace(plan, tokens_per_second=plan.tokens_per_second * factor, hours=plan.hours / factor)
 
 
-def _tried(answer: Answer, plan: Plan, folder: Path, tell: Tell) -> Plan:
-    tell(f"trying {plan.method}: {_STEPS} steps")
-    text = recipe.text(answer.question, plan, "en", str(folder / plan.method))
-    changes = {
-        "train.max_steps": _STEPS,
-        "train.save_every": 0,
-        "train.eval_every": 0,
-        "evaluate.enabled": False,
-    }
-    failed = trials.run(load(yaml.safe_load(text), changes), folder, plan.method)
-    if failed:
-        words = Words(f"It was tried and failed: {failed}", f"试运行失败：{failed}")
+@dataclass
+class _Bench:
+    """Where plans are tried."""
+
+    question: Question
+    folder: Path
+    tell: Tell
+    count: int = 0
+    """Of runs that were begun."""
+
+    def tried(self, plan: Plan) -> Plan:
+        """With what was measured; cut smaller, then recomputed, until it fits. Not fitting, if nothing helps."""
+        reason = ""
+        for way, dials in self._ways(plan):
+            self.tell(f"trying {plan.method}{dials}: {_STEPS} steps")
+            begun = self.begin(way)
+            reason = begun.reason or "it takes more memory than there is"
+            if not begun.reason and (found := self._measured(way, begun)).fits:
+                return replace(found, reasons=(_told(plan, found), *plan.reasons))
+        words = Words(f"It was tried and failed: {reason}", f"试运行失败：{reason}")
         return replace(plan, fits=False, reasons=(words, *plan.reasons))
-    stage = store.read_record(folder / plan.method / "results.json")["stages"][0]
-    rate = _rate(events.read(folder / plan.method / "events.jsonl"))
-    peak = float(stage["train"]["peak_memory"])
-    done = Measured("", plan.method, float("nan"), None, rate, peak, here=True)
-    now = _faster(plan, rate / plan.tokens_per_second)
-    told = _told(plan, done)
-    memory = answer.question.situation.fleet.device.memory
-    return replace(now, measured=done, fits=peak <= (1 - HEADROOM) * memory, reasons=(told, *plan.reasons))
+
+    def _ways(self, plan: Plan) -> Iterator[tuple[Plan, str]]:
+        """The cheapest in time first."""
+        yield plan, ""
+        most = min(plan.choice.micro_tokens, plan.batch)
+        sizes = (
+            [most >> i for i in (1, 2, 3) if most >> i >= _LEAST] if self.question.leaves_open(MICRO) else []
+        )
+        for size in sizes:
+            yield _with(plan, micro_tokens=size), f", {size:,} tokens at a time"
+        if self.question.leaves_open("train.gradient_checkpointing"):
+            size = min([most, *sizes])
+            yield (
+                _with(plan, micro_tokens=size, checkpointing=True),
+                f", {size:,} tokens at a time, recomputed",
+            )
+
+    def settled(self, plan: Plan) -> Plan:
+        """With as many tokens at a time as are fastest, and in the precision that is, where these are open."""
+        if self.question.leaves_open(MICRO):
+            plan = self._cut(plan)
+        other = "fp32" if plan.choice.precision == "bf16" else "bf16"
+        device = self.question.situation.fleet.device
+        if not (device.is_host and device.bf16 and self.question.leaves_open(PRECISION)):
+            return plan
+        if 2 * plan.memory > (1 - HEADROOM) * device.memory:
+            return plan
+        now = self._again(_with(plan, precision=other), f"trying {plan.method} in {other}: {_STEPS} steps")
+        if now is None or now.tokens_per_second < _FASTER * plan.tokens_per_second:
+            return plan
+        return replace(now, tuned=(*now.tuned, PRECISION))
+
+    def _cut(self, plan: Plan) -> Plan:
+        """While sizes are tried, larger ones take more memory: the one that was found is measured by itself."""
+        self.tell(f"trying how many tokens at a time are fastest for {plan.method}")
+        begun = self.begin(plan, search=True)
+        if begun.reason:
+            return plan
+        found = _at_a_time(begun)
+        if found == min(plan.choice.micro_tokens, plan.batch):
+            return plan
+        told = f"trying {plan.method}, {found:,} tokens at a time: {_STEPS} steps"
+        return self._again(_with(plan, micro_tokens=found), told) or plan
+
+    def _again(self, plan: Plan, told: str) -> Plan | None:
+        self.tell(told)
+        begun = self.begin(plan)
+        found = None if begun.reason else self._measured(plan, begun)
+        if found is None or not found.fits:
+            return None
+        return replace(found, tuned=plan.tuned, reasons=(_told(plan, found), *plan.reasons[1:]))
+
+    def rated(self, plan: Plan) -> Plan:
+        """With the learning rate of a range test, if the recipe leaves it open and the loss tells which is better."""
+        if plan.choice.objective in ON_POLICY or not self.question.leaves_open(LR):
+            return plan
+        each = plan.batch / plan.tokens_per_second
+        budget = max(_RATE_SECONDS, _RATE_SHARE * plan.hours * 3600)
+        steps = min(int(budget / (_RATES * each)), _RATE_STEPS[1], round(plan.hours * 3600 / each))
+        if steps < _RATE_STEPS[0]:
+            words = Words("No rates were tried, it would take too long.", "没有试学习率：耗时过长。")
+            return replace(plan, reasons=(*plan.reasons, words))
+
+        def loss(rate: float) -> float | None:
+            self.tell(f"trying {plan.method} with a rate of {rate:.1e}: {steps} steps")
+            begun = self.begin(replace(plan, lr=rate), steps=steps)
+            losses = [event["loss"] for event in begun.of("step")]
+            last = losses[-max(1, steps // 3) :]
+            return None if begun.reason else sum(last) / len(last)
+
+        found = range_test(plan.lr, loss)
+        told = "; ".join(f"{rate:.1e}: {value:.3f}" for rate, value in sorted(found.losses.items()))
+        words = Words(
+            f"Rates tried for {steps} steps, with the loss of the last third: {told}; {found.rate:.1e} is taken.",
+            f"各学习率试运行 {steps} 步，末三分之一步的损失：{told}；取 {found.rate:.1e}。",
+        )
+        return replace(plan, lr=found.rate, tuned=(*plan.tuned, LR), reasons=(*plan.reasons, words))
+
+    def begin(self, plan: Plan, search: bool = False, steps: int = 0) -> Begun:
+        """The first steps of a plan's run, or a whole one of so many ``steps``; with ``search`` the number of tokens at a
+        time is found first.
+        """
+        self.count += 1
+        name = f"{plan.method}-{self.count}"
+        whole = tree(self.question, plan)
+        if search and self.question.leaves_open(MICRO):
+            whole["train"].pop("micro_tokens", None)
+            whole["fast"] = _searching(whole.get("fast", True))
+        quiet = {"train.save_every": 0, "train.eval_every": 0, "evaluate.enabled": False}
+        recipe = recipes.load(
+            {**whole, "output": str(self.folder / name)},
+            quiet | ({"train.max_steps": steps} if steps else {}),
+        )
+        device = self.question.situation.fleet.device
+        count = steps or (1 if search else _STEPS)
+        patience = math.inf if steps else _PATIENCE
+        memory = device.memory if device.is_host else 0
+        return trials.first_steps(recipe, self.folder, name, count, patience, memory)
+
+    def _measured(self, plan: Plan, begun: Begun) -> Plan:
+        steps, (train, *_) = begun.of("step"), begun.of("train")
+        warm = steps[min(_COLD, len(steps) - 1) - 1 :]
+        each = (warm[-1]["time"] - warm[0]["time"]) / max(1, len(warm) - 1)
+        rate = (warm[-1]["tokens"] - warm[0]["tokens"]) / max(1e-9, warm[-1]["time"] - warm[0]["time"])
+        peak = float(steps[-1]["memory"])
+        done = Measured("", plan.method, float("nan"), None, rate, peak, True, len(steps))
+        memory = self.question.situation.fleet.device.memory
+        now = _with(plan, micro_tokens=_at_a_time(begun))
+        return replace(
+            now, measured=done, tokens_per_second=rate, hours=train["steps"] * each / 3600,
+            fits=peak <= (1 - HEADROOM) * memory,
+            tuned=(MICRO,) if self.question.leaves_open(MICRO) else (),
+        )  # fmt: skip
 
 
-def _rate(log: Iterable[events.Event]) -> float:
-    """Tokens a second of the middle step, once warm."""
-    steps = [event for event in log if event["kind"] == "step"][_COLD - 1 :]
-    return median(_between(steps))
+def _at_a_time(begun: Begun) -> int:
+    """Tokens in a forward pass: as it began, or as few as memory then allowed."""
+    smaller = [event["micro_tokens"] for event in begun.of("out-of-memory") if "micro_tokens" in event]
+    return int([begun.of("train")[0]["micro_tokens"], *smaller][-1])
 
 
-def _between(steps: list[events.Event]) -> Iterator[float]:
-    for before, after in pairwise(steps):
-        yield (after["tokens"] - before["tokens"]) / max(after["time"] - before["time"], 1e-9)
+def _with(plan: Plan, **dials: Any) -> Plan:
+    return replace(plan, choice=replace(plan.choice, **dials))
 
 
-def _told(plan: Plan, done: Measured) -> Words:
+def _searching(switches: bool | dict[str, bool]) -> bool | dict[str, bool]:
+    """The recipe's techniques, and the one that finds how many tokens go through the model at a time."""
+    if switches is False:
+        return False
+    return {"micro_batch": True} | ({} if switches is True else switches)
+
+
+def _told(plan: Plan, done: Plan) -> Words:
     """What came out beside what was predicted."""
     rate, speed = f"{done.tokens_per_second:,.0f}", f"{plan.tokens_per_second:,.0f}"
-    peak, memory = human_bytes(done.peak_memory), human_bytes(plan.memory)
-    took = human_seconds(plan.hours * 3600 * plan.tokens_per_second / done.tokens_per_second)
+    peak, memory = human_bytes(done.memory), human_bytes(plan.memory)
+    took = human_seconds(done.hours * 3600)
     return Words(
         f"Tried for {_STEPS} steps: {rate} tokens/s (predicted {speed}), {peak} (predicted {memory}); so {took} in all.",
         f"试运行 {_STEPS} 步：{rate} 词元/秒（预测 {speed}），内存 {peak}（预测 {memory}）；全程约 {took}。",

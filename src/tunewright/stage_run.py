@@ -126,8 +126,9 @@ class StageRun:
             self.log.emit("kl", nats=after["kl"])
         for scores in (before, after):
             scores.pop("answers", None)
+        advised = {"advised": stage.advised.model_dump(mode="json")} if stage.advised else {}
         return {
-            "name": stage.name, "model": stage.model, "method": stage.method, "objective": stage.objective,
+            **advised, "name": stage.name, "model": stage.model, "method": stage.method, "objective": stage.objective,
             "optimizer": stage.optimizer, "precision": stage.precision,
             "train_config": stage.train.model_dump(mode="json"), "fast": trainer.techniques,
             "parameters": {"total": total, "trainable": trained, "share": trained / total},

@@ -6,16 +6,20 @@ variant: a run of a few steps is timed, and the number that fits is kept in ``pl
 """
 
 import json
+import math
+import resource
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, Any
+from typing import Any
 
 from tunewright import drifts
 from tunewright.core import events, store
@@ -29,6 +33,10 @@ Tell = Callable[[str], None]
 _PROBED = 6
 """Steps that are timed; the first ones, which also warm up, count as what a run takes besides its steps."""
 _COLD = 2
+_FEW = 5
+"""Steps that are made however long they take."""
+_LOOKED = 0.1
+"""Seconds between looks at a run that has begun."""
 _TOLD = 240
 """Characters of a reason; the log has all of it."""
 _PLAN = "plan.json"
@@ -89,11 +97,7 @@ def is_finished(run: Path) -> bool:
 
 def run(recipe: Recipe, folder: Path, name: str, *options: str) -> str:
     """Run a recipe in a child process; why it failed, or nothing. What it says of itself goes to ``logs/``."""
-    path, log = folder / "recipes" / f"{name}.yaml", folder / "logs" / f"{name}.log"
-    store.write_text(path, to_yaml(recipe))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-P", "-m", "tunewright", "run", str(path), "--json", *options]
-    with log.open("wb") as errors, _started(command, errors) as child:
+    with _started(recipe, folder, name, *options) as child:
         try:
             out, _ = child.communicate()
         except BaseException:
@@ -102,11 +106,65 @@ def run(recipe: Recipe, folder: Path, name: str, *options: str) -> str:
             )  # it ends with a checkpoint; one that Ctrl-C has reached ignores this
             child.wait()
             raise
-    return _reason(child.returncode, out.decode("utf-8", "replace"), log)
+    return _reason(child.returncode, out.decode("utf-8", "replace"), _log(folder, name))
 
 
-def _started(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)  # noqa: S603 this program itself
+def first_steps(
+    recipe: Recipe, folder: Path, name: str, count: int, patience: float = math.inf, memory: int = 0
+) -> "Begun":
+    """Run a recipe in a child process until it has made ``count`` steps, or a few in ``patience`` seconds, and end it.
+
+    It begins as the whole run would, with all techniques that pay in that one. ``memory`` bytes are what it can get
+    of the system (RLIMIT_DATA), if they are given.
+    """
+    log = Path(recipe.output) / "events.jsonl"
+    with _started(recipe, folder, name) as child:
+        if memory:
+            resource.prlimit(child.pid, resource.RLIMIT_DATA, (memory, memory))
+        try:
+            while child.poll() is None and not _is_enough(log, count, patience):
+                time.sleep(_LOOKED)
+        finally:
+            ended_itself = child.poll() is not None
+            child.kill()
+            out, _ = child.communicate()
+    reason = (
+        _reason(child.returncode, out.decode("utf-8", "replace"), _log(folder, name)) if ended_itself else ""
+    )
+    return Begun(list(events.read(log)), reason)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How a run began."""
+
+    log: Sequence[events.Event]
+    reason: str
+    """Why it failed; nothing if it did not."""
+
+    def of(self, kind: str) -> list[events.Event]:
+        """Its events of a kind."""
+        return [event for event in self.log if event["kind"] == kind]
+
+
+def _is_enough(log: Path, count: int, patience: float) -> bool:
+    steps = [event["time"] for event in events.read(log) if event["kind"] == "step"]
+    return len(steps) >= count or (len(steps) >= _FEW and steps[-1] - steps[0] > patience)
+
+
+def _log(folder: Path, name: str) -> Path:
+    return folder / "logs" / f"{name}.log"
+
+
+@contextmanager
+def _started(recipe: Recipe, folder: Path, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The same program in a process of its own, which has ended when the context does."""
+    path, log = folder / "recipes" / f"{name}.yaml", _log(folder, name)
+    store.write_text(path, to_yaml(recipe))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "tunewright", "run", str(path), "--json", *options]
+    with log.open("wb") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as child:  # noqa: S603 this program itself
+        yield child
 
 
 def _reason(status: int, out: str, log: Path) -> str:

@@ -120,7 +120,7 @@ def test_rows_far_longer_than_others_are_cut() -> None:
     assert (situation(data=data).length, situation(data=data).keeps_all) == (352, True)
 
 
-RUN = Measured("runs-a", "lora", 1.5, 0.5, 1000.0, 1e9, here=True)
+RUN = Measured("runs-a", "lora", 1.5, 0.5, 1000.0, 1e9, here=True, steps=100)
 
 
 def test_measured_losses_overrule_rules() -> None:
@@ -144,7 +144,7 @@ def stage(method: str, loss: float, sha256: str = "a", processor: str = "") -> d
     return {
         "name": method, "method": {"name": method}, "after": {"loss": loss, "exact_match": 0.5},
         "data": {"train": {"files": [{"sha256": sha256}]}},
-        "train": {"tokens_per_second": 10.0, "peak_memory": 20},
+        "train": {"tokens_per_second": 10.0, "peak_memory": 20, "steps": 30},
         "lineage": {"base": "builtin:pico",
                     "hardware": {"processor": processor or machine.processor(), "cores": machine.cores()}},
     }  # fmt: skip

@@ -1,15 +1,17 @@
 """Plans that were tried have what was measured; the others are corrected by as much; what failed comes last."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tunewright import advise, probe, trials
-from tunewright.core import journal, store
 from tunewright.core.errors import UserError
+from tunewright.trials import Begun
 
-SLOWER = 0.5
+SLOWER, PEAK, TOKENS = 0.5, 1 << 20, 2048
 
 
 @pytest.fixture
@@ -21,46 +23,126 @@ def answer(tmp_path: Path) -> advise.Answer:
     return advise.answer("", ["model=builtin:pico", f"data={data}", f"runs={tmp_path / 'runs'}"])
 
 
-def tried(monkeypatch: pytest.MonkeyPatch, answer: advise.Answer, failing: str = "") -> list[str]:
-    """Trials that reach half the predicted speed, and take 1 MB."""
-    asked: list[str] = []
-    predicted = {plan.method: plan.tokens_per_second for plan in answer.plans}
+@dataclass
+class World:
+    """Runs of half the predicted speed, which take 1 MB."""
 
-    def run(recipe, folder, name, *options):
-        asked.append(name)
-        assert recipe.stages[0].train.max_steps and not recipe.stages[0].evaluate.enabled
-        if name == failing:
-            return "killed by the system"
-        rate = SLOWER * predicted[name]
-        store.write_record(folder / name / "results.json", {"stages": [{"train": {"peak_memory": 1 << 20}}]})
-        steps = [{"kind": "step", "tokens": 100 * n, "time": 100 * n / rate} for n in range(6)]
-        (folder / name / "events.jsonl").write_bytes(b"".join(map(journal.line, steps)))
-        return ""
+    predicted: dict[str, float]
+    begun: list[tuple[str, dict]] = field(default_factory=list)
+    """Method and training dials of each."""
+    reason: Callable[[str, dict], str] = lambda method, train: ""
+    peak: Callable[[str, dict], int] = lambda method, train: PEAK
+    loss: Callable[[float], float] = lambda rate: 1.0
+    faster: Callable[[str], float] = lambda precision: 1.0
 
-    monkeypatch.setattr(trials, "run", run)
-    return asked
+    def run(self, recipe, folder, name, count, patience, memory) -> Begun:
+        stage = recipe.stages[0]
+        method, train = stage.method["name"], stage.train.model_dump()
+        self.begun.append((method, train))
+        assert memory > 0
+        assert not stage.evaluate.enabled
+        if reason := self.reason(method, train):
+            return Begun([], reason)
+        each = TOKENS / (SLOWER * self.predicted[method] * self.faster(stage.precision))
+        micro = train["micro_tokens"] or 1024
+        steps = [
+            {"kind": "step", "tokens": TOKENS * n, "time": each * n, "memory": self.peak(method, train), "loss": self.loss(train["lr"])}
+            for n in range(1, count + 1)
+        ]  # fmt: skip
+        return Begun([{"kind": "train", "steps": 60, "micro_tokens": micro}, *steps], "")
+
+    def dials(self, name: str) -> list:
+        """One of all runs."""
+        return [train[name] for _, train in self.begun]
 
 
-def test_what_was_measured_replaces_what_was_predicted(answer, monkeypatch):
-    asked = tried(monkeypatch, answer)
-    found = probe.probed(answer, lambda line: None)
-    assert asked == [plan.method for plan in answer.plans][:3]
-    for before, after in zip(answer.plans, found.plans, strict=True):
-        assert after.method == before.method
-        assert after.tokens_per_second == pytest.approx(SLOWER * before.tokens_per_second)
-        assert after.hours == pytest.approx(before.hours / SLOWER)
-    assert [plan.memory for plan in found.plans[:3]] == [1 << 20] * 3
-    assert found.plans[3].measured is None
-    assert "predicted" in found.plans[0].reasons[0].en
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, answer: advise.Answer) -> World:
+    made = World({plan.method: plan.tokens_per_second for plan in answer.plans})
+    monkeypatch.setattr(trials, "first_steps", made.run)
+    return made
 
 
-def test_a_plan_that_failed_comes_last_with_its_reason(answer, monkeypatch):
+def found(answer: advise.Answer, **how) -> advise.Answer:
+    return probe.probed(answer, lambda line: None, **{"rates": False, **how})
+
+
+def test_what_was_measured_replaces_what_was_predicted(answer, world):
+    after = found(answer)
+    names = [plan.method for plan in answer.plans]
+    assert {method for method, _ in world.begun} == set(names[:3])
+    assert [plan.method for plan in after.plans] == names
+    for before, plan in zip(answer.plans, after.plans, strict=True):
+        assert plan.tokens_per_second == pytest.approx(SLOWER * before.tokens_per_second)
+    first = after.plans[0]
+    assert first.hours * 3600 == pytest.approx(60 * TOKENS / first.tokens_per_second)
+    assert after.plans[3].hours == pytest.approx(answer.plans[3].hours / SLOWER)
+    assert [plan.memory for plan in after.plans[:3]] == [PEAK] * 3
+    assert after.plans[3].measured is None
+    assert "predicted" in first.reasons[0].en
+
+
+def test_so_many_tokens_at_a_time_as_were_found_to_be_fastest(answer, world):
+    after = found(answer)
+    assert world.dials("micro_tokens")[0] is None
+    stage = after.stage()
+    assert stage["train"]["micro_tokens"] == 1024
+    assert stage["advised"]["tried"] == 10
+
+
+def test_what_takes_too_much_is_cut_smaller_and_then_recomputed(answer, world):
+    most = answer.question.situation.fleet.device.memory
+    world.peak = lambda method, train: PEAK if train["gradient_checkpointing"] else most
+    after = found(answer, tries=1)
+    assert world.dials("gradient_checkpointing") == [False] * 4 + [True] + [True] * (len(world.begun) - 5)
+    assert world.dials("micro_tokens")[:5] == [None, 1024, 512, 256, 256]
+    assert after.stage()["train"]["gradient_checkpointing"]
+    assert after.plans[0].fits
+
+
+def test_a_faster_precision_is_taken(answer, world):
+    assert found(answer, tries=1).plans[0].choice.precision == "bf16"
+    world.faster = lambda precision: 2.0 if precision == "fp32" else 1.0
+    best = found(answer, tries=1).plans[0]
+    assert best.choice.precision == "fp32"
+    assert "precision" in best.tuned
+
+
+def test_the_rate_with_the_lowest_loss_is_taken(answer, world):
+    world.loss, world.faster = lambda rate: 1 / rate, lambda precision: 100.0
+    after = found(answer, tries=1, rates=True)
+    assert after.plans[0].lr == pytest.approx(27 * answer.plans[0].lr, rel=0.05)
+    _, steps = sorted(set(world.dials("max_steps")), key=bool)
+    assert 8 <= steps <= 40
+    assert f"tried for {steps} steps" in after.plans[0].reasons[-1].en
+    assert f"{after.plans[0].lr:.1e} is taken" in after.plans[0].reasons[-1].en
+
+
+def test_rates_are_not_tried_where_it_takes_too_long(answer, world):
+    world.faster = lambda precision: 0.01
+    best = found(answer, tries=1, rates=True).plans[0]
+    assert best.lr == answer.plans[0].lr
+    assert best.reasons[-1].en == "No rates were tried, it would take too long."
+
+
+def test_what_a_recipe_says_stays(tmp_path, answer, world):
+    stage = {
+        "model": "builtin:pico", "data": {"train": str(answer.question.data.train[0].path)}, "method": {"name": "auto"},
+        "precision": "bf16", "train": {"lr": 7e-4, "micro_tokens": 512, "tokens_per_batch": 2048, "epochs": 2},
+    }  # fmt: skip
+    after = found(advise.answer_about(stage, {"runs": str(tmp_path)}), rates=True)
+    assert set(world.dials("lr")) == {7e-4}
+    assert set(world.dials("micro_tokens")) == {512}
+    assert {"lr": 7e-4, "micro_tokens": 512, "epochs": 2}.items() <= after.stage()["train"].items()
+
+
+def test_a_plan_that_failed_comes_last_with_its_reason(answer, world):
     first = answer.plans[0].method
-    tried(monkeypatch, answer, failing=first)
-    found = probe.probed(answer, lambda line: None)
-    assert found.plans[0].method == answer.plans[1].method
-    assert (found.plans[-1].method, found.plans[-1].fits) == (first, False)
-    assert found.plans[-1].reasons[0].en == "It was tried and failed: killed by the system"
+    world.reason = lambda method, train: "killed by the system" if method == first else ""
+    after = found(answer)
+    assert after.plans[0].method == answer.plans[1].method
+    assert (after.plans[-1].method, after.plans[-1].fits) == (first, False)
+    assert after.plans[-1].reasons[0].en == "It was tried and failed: killed by the system"
 
 
 def test_only_plans_for_this_machine_can_be_tried(tmp_path):

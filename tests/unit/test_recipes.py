@@ -392,12 +392,14 @@ def test_the_schema_knows_every_methods_options_and_no_others() -> None:
     assert lora["description"].startswith("LoRA")
 
 
-@pytest.mark.parametrize(("key", "room"), [("method", "methods"), ("objective", "objectives")])
-def test_the_schema_takes_every_plugin_by_name_or_with_options(key: str, room: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "room", "more"), [("method", "methods", ["auto"]), ("objective", "objectives", [])]
+)
+def test_the_schema_takes_every_plugin_by_name_or_with_options(key: str, room: str, more: list[str]) -> None:
     schema = schema_json()
     by_name, *with_options = schema["properties"][key]["anyOf"]
-    assert by_name == {"enum": plugins.names(room)}
-    assert [c["properties"]["name"]["const"] for c in with_options] == plugins.names(room)
+    assert by_name == {"enum": [*plugins.names(room), *more]}
+    assert [c["properties"]["name"]["const"] for c in with_options] == [*plugins.names(room), *more]
 
 
 def test_the_schema_forbids_what_it_does_not_know() -> None:

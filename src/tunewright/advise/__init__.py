@@ -2,17 +2,17 @@
 but for measuring the machine at hand.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunewright.advise import advice, past, recipe
 from tunewright.advise.plan import Plan, plans
-from tunewright.advise.question import Question, ask
+from tunewright.advise.question import Question, about, ask
 from tunewright.core import store
 
-__all__ = ["Answer", "answer"]
+__all__ = ["Answer", "answer", "answer_about"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Answer:
         """For programs."""
         return advice.to_json(self.question.situation, self.plans)
 
+    def stage(self) -> dict[str, Any]:
+        """The best plan as a stage of a recipe. UserError where none can be made of it."""
+        return recipe.tree(self.question, self.plans[0])
+
     def write(self, path: Path, language: str) -> None:
         """The recipe of the best plan. UserError where a recipe cannot be made of it."""
         store.write_text(path, recipe.text(self.question, self.plans[0], language, f"runs/{path.stem}"))
@@ -37,7 +41,15 @@ class Answer:
 
 def answer(file: str, pairs: Iterable[str]) -> Answer:
     """Advice for a recipe file (or none) and ``key=value`` pairs. UserError with every problem."""
-    question = ask(file, pairs)
+    return _answer(ask(file, pairs))
+
+
+def answer_about(stage: Mapping[str, Any], own: Mapping[str, str]) -> Answer:
+    """Advice on what a stage, as a recipe has it, leaves open. UserError with every problem."""
+    return _answer(about(stage, own))
+
+
+def _answer(question: Question) -> Answer:
     situation = question.situation
     measured = (
         past.measured(question.runs, situation.model, situation.data.sha256) if situation.data.sha256 else {}

@@ -26,6 +26,8 @@ class Measured:
     """Bytes of the process."""
     here: bool
     """Whether it ran on this machine, so that speed and memory are this one's."""
+    steps: int
+    """Of the optimizer."""
 
 
 def measured(folder: Path, model: str, data: tuple[str, ...]) -> dict[str, Measured]:
@@ -55,6 +57,7 @@ def _stages(results: Mapping[str, Any], run: str, model: str, data: tuple[str, .
             yield Measured(
                 run, stage["method"]["name"], scores["loss"], scores.get("exact_match"),
                 stage["train"]["tokens_per_second"], stage["train"]["peak_memory"], here,
+                stage["train"]["steps"],
             )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from tunewright.core.units import human_bytes, human_count, human_seconds
 from tunewright.core.words import Words
 
 _LEAST_BATCH, _MOST_BATCH = 2048, 1 << 17
+DEFAULT_BATCH = 4096
+"""Tokens of a step where a recipe gives the number of steps and not what they hold."""
 _ROWS = 32
 """Rows of an optimizer step."""
 _STEPS = 50
@@ -53,6 +55,8 @@ class Plan:
     """Dials that rules ask for."""
     reasons: tuple[Words, ...] = ()
     measured: Measured | None = None
+    tuned: tuple[str, ...] = ()
+    """Dials whose values were found by trying, such as ``train.lr``."""
 
     @property
     def method(self) -> str:
@@ -102,12 +106,17 @@ def _plan(situation: Situation, method: str, objective: str, rules: list[Rule] |
     options = {key: value for rule in rules for key, value in rule.options.get(method, {}).items()}
     options |= {"tasks": data.tasks} if method == "multi_task" else {}
     choice = Choice(
-        method, objective, "bf16" if fleet.device.bf16 else "fp16", length=situation.length, options=options
+        method,
+        objective,
+        situation.given.precision or ("bf16" if fleet.device.bf16 else "fp16"),
+        length=situation.length,
+        options=options,
     )
     epochs = _epochs(situation, objective)
     batch = _batch(situation, epochs)
     choice, placement, parts = _placed(situation, choice, batch)
-    batch = max(batch, choice.micro_tokens * placement.copies)
+    if not situation.given.batch:
+        batch = max(batch, choice.micro_tokens * placement.copies)
     rate = pace(shape, choice, placement, fleet, batch).tokens_per_second
     return Plan(
         choice, placement, parts, fits(parts, fleet.device.memory), rate, data.tokens * epochs / rate / 3600,
@@ -124,6 +133,11 @@ def _lr(situation: Situation, choice: Choice, rules: Iterable[Rule]) -> float:
 
 def _epochs(situation: Situation, objective: str) -> float:
     """Passes over the data: one where there is much or where a second would learn pairs by heart."""
+    given = situation.given
+    if given.steps:
+        return given.steps * (given.batch or DEFAULT_BATCH) / max(1, situation.data.tokens)
+    if given.epochs:
+        return given.epochs
     if objective == "sft" and situation.data.rows < 50_000:
         return 3.0 if situation.data.rows >= 1000 else 5.0
     return 1.0
@@ -131,6 +145,8 @@ def _epochs(situation: Situation, objective: str) -> float:
 
 def _batch(situation: Situation, epochs: float) -> int:
     """Tokens of a step, a power of two: some dozen rows, fewer if there would be too few steps."""
+    if situation.given.batch or situation.given.steps:
+        return situation.given.batch or DEFAULT_BATCH
     data = situation.data
     rows = _ROWS * data.tokens / max(1, data.rows)
     most = max(_LEAST_BATCH, min(rows, data.tokens * epochs / _STEPS, _MOST_BATCH))

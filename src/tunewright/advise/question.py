@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tunewright.advise import configs, facts, hardware
 from tunewright.advise.facts import Facts
 from tunewright.advise.hardware import Fleet
-from tunewright.advise.situation import GOALS, Situation
+from tunewright.advise.situation import GOALS, Given, Situation
 from tunewright.core import plugins
 from tunewright.core.config import problems
 from tunewright.core.errors import Problem, RecipeError, UserError, nearest
@@ -25,6 +25,7 @@ _KEYS = (*OWN, "model", "data")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _MOST = 1 << 40
+NOTHING = Given()
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Question:
     """The folder of runs that may have measured what is asked."""
     written: Mapping[str, Any] = field(default_factory=dict)
     """The stage as the recipe has it."""
+    keeps: bool = False
+    """Whether all that the recipe says stays, and only what it leaves open is chosen."""
+
+    def leaves_open(self, key: str) -> bool:
+        """Whether a dial, by its dotted name, may be chosen."""
+        node: Any = self.written if self.keeps else {}
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node is None
 
 
 def ask(recipe: str, pairs: Iterable[str]) -> Question:
@@ -48,6 +58,34 @@ def ask(recipe: str, pairs: Iterable[str]) -> Question:
     found: list[Problem] = []
     own, others = _split(pairs, found)
     tree = _tried(lambda: _tree(recipe, own.get("stage", ""), others), found) or {}
+    return _about(tree, own, found)
+
+
+def about(stage: Mapping[str, Any], own: Mapping[str, str]) -> Question:
+    """What is left open by a stage as a recipe has it, with a goal, memory, a deadline or a folder of ``runs``.
+
+    Raises:
+        UserError: as for :func:`ask`.
+    """
+    return replace(_about(stage, own, [], _given(stage)), keeps=True)
+
+
+def _given(stage: Mapping[str, Any]) -> Given:
+    train, data = stage.get("train") or {}, as_data(stage.get("data")) or {}
+    steps = train.get("max_steps") or 0
+    batch = train.get("tokens_per_batch") or 0
+    return Given(
+        0.0 if steps else train.get("epochs") or 0.0,
+        steps,
+        batch,
+        data.get("max_length") or 0,
+        stage.get("precision", ""),
+    )
+
+
+def _about(
+    tree: Mapping[str, Any], own: Mapping[str, str], found: list[Problem], given: Given = NOTHING
+) -> Question:
     model = tree.get("model")
     if not isinstance(model, str) or not model:
         fix = "give a recipe, or model=builtin:pico, a folder, or shape:llama-2-7b"
@@ -62,7 +100,7 @@ def ask(recipe: str, pairs: Iterable[str]) -> Question:
     deadline = _tried(lambda: _deadline(own.get("deadline", "")), found)
     if found or shape is None or looked is None or fleet is None or deadline is None:
         raise UserError(dict.fromkeys(found))
-    situation = Situation(model, shape, fleet, looked, goal, deadline, objective)
+    situation = Situation(model, shape, fleet, looked, goal, deadline, objective, given)
     return Question(situation, data, Path(own.get("runs") or "runs"), tree)
 
 

@@ -15,31 +15,109 @@ from tunewright.core.words import Words
 from tunewright.recipes.schema import as_choice
 
 Tree = dict[str, Any]
-Line = tuple[str, Words]
-"""A line of YAML, and why it is there."""
+PRECISION, MICRO, LR = "precision", "train.micro_tokens", "train.lr"
+_NESTED = ("advised", "data", "train")
+"""What is written over several lines."""
 
 
-def text(question: Question, plan: Plan, language: str, output: str) -> str:
-    """YAML that ``recipes.load`` takes.
+def tree(question: Question, plan: Plan, language: str = "en") -> Tree:
+    """The plan as a stage of a recipe, with what was foretold of it.
 
     Raises:
         UserError: a shape by its name has no weights, and there is no recipe without data.
     """
-    situation = question.situation
+    situation, data = question.situation, question.data
     found = []
     if situation.model.startswith(NAMED):
         found.append(
             Problem("model", f"{situation.model} is a size and no model", "give a folder or builtin:pico")
         )
-    if question.data is None:
+    if data is None:
         found.append(Problem("data", "there is none to train on", "give data=my.jsonl"))
-    if found or question.data is None:
+    if found or data is None:
         raise UserError(found)
+    written = data.model_dump(mode="json", exclude_defaults=True)
+    made = {
+        "advised": _advised(plan, 1 if language == "zh" else 0),
+        "model": situation.model,
+        "data": {**written, "max_length": plan.choice.length},
+        "method": {"name": plan.method, **plan.choice.options},
+        "objective": _objective(question, plan.choice.objective),
+        "precision": plan.choice.precision,
+        **{key: question.written[key] for key in _KEPT if key in question.written},
+        "train": _training(plan),
+    }
+    return _laid_over(made, question.written) if question.keeps else made
+
+
+def _advised(plan: Plan, language: int) -> Tree:
+    return {
+        "why": [words[language] for words in plan.reasons],
+        "memory": round(plan.memory),
+        "tokens_per_second": _rounded(plan.tokens_per_second),
+        "seconds": _rounded(plan.hours * 3600),
+        "tried": plan.measured.steps if plan.measured else 0,
+    }
+
+
+def _rounded(value: float) -> float:
+    """To four digits."""
+    return float(f"{value:.4g}")
+
+
+def _training(plan: Plan) -> Tree:
+    choice = plan.choice
+    return {
+        "epochs": float(f"{plan.epochs:g}"),
+        "lr": float(f"{plan.lr:.1e}"),
+        "tokens_per_batch": plan.batch,
+        **(
+            {"micro_tokens": choice.micro_tokens}
+            if MICRO in plan.tuned or choice.micro_tokens < plan.batch
+            else {}
+        ),
+        **({"gradient_checkpointing": True} if choice.checkpointing else {}),
+        **plan.train,
+        **({"eval_every": 50} if "early_stop" in plan.train else {}),
+    }
+
+
+def _laid_over(made: Tree, written: Mapping[str, Any]) -> Tree:
+    """What the recipe says itself, but for the method, stays."""
+    whole = dict(made)
+    for key, value in written.items():
+        if key in _NESTED and isinstance(value, Mapping):
+            whole[key] = {**made[key], **value}
+        elif key != "method":
+            whole[key] = value
+    return whole
+
+
+def text(question: Question, plan: Plan, language: str, output: str) -> str:
+    """YAML that ``recipes.load`` takes, with a comment for each dial. UserError as for :func:`tree`."""
     index = 1 if language == "zh" else 0
-    heads = [f"# {words[index]}" for words in _head(plan)]
-    lines = [*_top(question, plan), *_training(plan)]
-    body = [f"{line}  # {words[index]}" if words[index] else line for line, words in lines]
-    return "\n".join([*heads, *body, f"output: {output}", ""])
+    whole, why = tree(question, plan, language), _whys(question, plan)
+    lines = [f"# {words[index]}" for words in _head(plan)]
+    for key, value in [*whole.items(), ("output", output)]:
+        told = f"  # {why[key][index]}" if key in why else ""
+        if key in _NESTED:
+            lines += [
+                f"{key}:{told}",
+                *_inner(key, value, {name: words[index] for name, words in why.items()}),
+            ]
+        else:
+            lines.append(f"{key}: {_flow(value)}{told}")
+    return "\n".join([*lines, ""])
+
+
+def _inner(key: str, values: Tree, why: Mapping[str, str]) -> Iterator[str]:
+    for name, value in values.items():
+        told = f"  # {why[f'{key}.{name}']}" if f"{key}.{name}" in why else ""
+        if key == "advised" and isinstance(value, list):
+            yield f"  {name}:"
+            yield from (f"  - {_flow(item)}" for item in value)
+        else:
+            yield f"  {name}: {_number(value) if name == 'lr' else _flow(value)}{told}"
 
 
 def _head(plan: Plan) -> Iterator[Words]:
@@ -48,7 +126,6 @@ def _head(plan: Plan) -> Iterator[Words]:
         f"Written by tunewright advise: about {took}, {need} of memory on a device.",
         f"由 tunewright advise 生成：约需 {took}，每个设备 {need} 内存。",
     )
-    yield from plan.reasons
     if plan.placement.devices > 1:
         yield Words(
             f"Planned for {plan.placement.devices} devices ({plan.placement.name}); a recipe has no dial for that.",
@@ -56,28 +133,20 @@ def _head(plan: Plan) -> Iterator[Words]:
         )
 
 
-def _top(question: Question, plan: Plan) -> Iterator[Line]:
-    situation, choice, data = question.situation, plan.choice, question.data
-    none = Words("", "")
-    yield f"model: {_flow(situation.model)}", none
-    yield "data:", none
-    written = data.model_dump(mode="json", exclude_defaults=True) if data else {}
-    for key, value in {**written, "max_length": choice.length}.items():
-        why = _WHY["whole" if situation.keeps_all else "cut"] if key == "max_length" else none
-        yield f"  {key}: {_flow(value)}", why
+def _whys(question: Question, plan: Plan) -> dict[str, Words]:
+    """Why each dial has its value, by its dotted name."""
+    situation = question.situation
     share = plan.trainable / situation.shape.parameters
-    yield (
-        f"method: {_flow({'name': plan.method, **choice.options})}",
-        Words(f"trains {share:.3%} of the parameters", f"训练 {share:.3%} 的参数"),
-    )
-    yield (
-        f"objective: {_flow(_objective(question, choice.objective))}",
-        Words(f"the rows are {situation.data.kind}", f"数据类型：{situation.data.kind}"),
-    )
-    yield f"precision: {choice.precision}", _WHY[choice.precision]
-    for key in _KEPT:
-        if key in question.written:
-            yield f"{key}: {_flow(question.written[key])}", _WHY["kept"]
+    whys = {
+        "advised": _WHY["advised"],
+        "data.max_length": _WHY["whole" if situation.keeps_all else "cut"],
+        "method": Words(f"trains {share:.3%} of the parameters", f"训练 {share:.3%} 的参数"),
+        "objective": Words(f"the rows are {situation.data.kind}", f"数据类型：{situation.data.kind}"),
+        "precision": _WHY[plan.choice.precision],
+        **dict.fromkeys(_KEPT, _WHY["kept"]),
+        **{f"train.{name}": words for name, words in _WHY.items()},
+    }
+    return whys | dict.fromkeys(plan.tuned, _WHY["tried"])
 
 
 def _objective(question: Question, name: str) -> Tree:
@@ -89,29 +158,15 @@ def _objective(question: Question, name: str) -> Tree:
     return {"name": name, **labels}
 
 
-def _training(plan: Plan) -> Iterator[Line]:
-    choice = plan.choice
-    yield "train:", Words("", "")
-    yield f"  epochs: {plan.epochs:g}", _WHY["epochs"]
-    yield f"  lr: {_number(plan.lr)}", _WHY["lr"]
-    yield f"  tokens_per_batch: {plan.batch}", _WHY["tokens_per_batch"]
-    if choice.micro_tokens < plan.batch:
-        yield f"  micro_tokens: {choice.micro_tokens}", _WHY["micro_tokens"]
-    if choice.checkpointing:
-        yield "  gradient_checkpointing: true", _WHY["gradient_checkpointing"]
-    dials: Mapping[str, Any] = plan.train
-    for key, value in dials.items():
-        yield f"  {key}: {_flow(value)}", _WHY[key]
-    if "early_stop" in dials:
-        yield "  eval_every: 50", _WHY["eval_every"]
-
-
 _KEPT = ("regularizers", "optimizer", "fast", "evaluate", "trust_remote_code")
 """What advice does not decide stays as the recipe has it."""
 _WHY = {
+    "advised": Words("what was foretold; the report says how it came", "预测；报告会给出与实际的对比"),
+    "tried": Words("the best of those tried", "实测最优"),
     "kept": Words("as in the recipe", "保持原配方"),
     "whole": Words("no row is cut", "没有行会被截断"),
     "cut": Words("19 of 20 rows are not cut", "95% 的行不会被截断"),
+    "fp32": Words("as in the recipe", "保持原配方"),
     "bf16": Words("half the memory of fp32, the same range", "内存为 fp32 的一半，数值范围相同"),
     "fp16": Words("the device has no bf16", "设备不支持 bf16"),
     "epochs": Words("fewer passes the more rows there are", "数据越多，轮数越少"),

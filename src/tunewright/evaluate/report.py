@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tunewright.core import events, figures, store
 from tunewright.core.answers import exact_match
 from tunewright.core.units import human_bytes, human_count, human_percent, human_perplexity, human_seconds
-from tunewright.evaluate import charts, side_by_side
+from tunewright.evaluate import charts, foretold, side_by_side
 from tunewright.evaluate.chance import margin, share_error
 from tunewright.evaluate.charts import Point
 from tunewright.recipes import EVAL
@@ -130,6 +130,7 @@ def _stage(stage: Tree, history: charts.History) -> Tree:
         "families": _families(stage), "samples": stage.get("samples", []),
         "loss_chart": charts.loss_chart(history, stage["before"], stage["after"]),
         "side_charts": charts.side_charts(history),
+        "advice": foretold.of(stage) if "advised" in stage else None,
         "sets": [_dataset("Training", stage["data"]["train"]), _dataset("Held-out", stage["data"]["valid"])],
         "chosen": [_options(stage[key]) for key in ("method", "objective")], **_own(stage.get("method_report", {})),
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Read a recipe: YAML, dotted overrides, one shorthand; every problem at once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +11,12 @@ from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.recipes import reading
-from tunewright.recipes.schema import CHOSEN, Eval, Recipe, Stage, as_choice, as_list
+from tunewright.recipes.schema import AUTO, CHOSEN, Auto, Eval, Recipe, Stage, as_choice, as_list
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
+Decide = Callable[[Sequence[Tree], int, Auto, str], Tree]
+"""All stages as they are written, which of them asks, with what options, and the run folder -> that stage, decided."""
 _RUN_KEYS = ("output", "logs", "stages", "eval")
 EVAL = "eval"
 """What the measurement after the last stage is called."""
@@ -23,16 +25,22 @@ _CHOICES = tuple((f"{key}s", key) for key in CHOSEN)
 _KEYS = (*(key for key in Stage.model_fields if key != "name"), *_RUN_KEYS)
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any] = ()) -> Recipe:
+def load(
+    source: str | Path | Mapping[str, Any],
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    decide: Decide | None = None,
+) -> Recipe:
     """The recipe in a YAML file or a mapping, with ``key.sub=value`` overrides applied.
 
-    Raises RecipeError with every problem of every stage.
+    ``decide`` is asked for stages with ``method: auto``, once nothing else is wrong. Raises RecipeError with every
+    problem of every stage.
     """
     tree = _tree(source, overrides)
     name = "run" if isinstance(source, Mapping) else Path(source).stem
     found: list[Problem] = []
     trees = _stage_trees(tree, found)
-    stages = [_stage(raw, where, found) for raw, where in trees]
+    open_ = _open(trees, decide, found)
+    stages = [_stage(_settled(raw), where, found) for raw, where in trees]
     run = {"output": tree.get("output", f"runs/{name}"), "logs": tree.get("logs") or ()}
     recipe = _validated(Recipe, {**run, "stages": ()}, "", found)
     good = [stage for stage in stages if stage]
@@ -41,7 +49,42 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapp
     last = _eval(tree, [stage.name for stage in good], wrong, found) if tree.get(EVAL) else None
     if found or recipe is None:
         raise RecipeError(found, (raw for raw, _ in trees))
+    if decide:
+        for place, options in open_.items():
+            decided = decide([raw for raw, _ in trees], place, options, recipe.output)
+            good[place] = _decided(decided, trees[place][1])
     return recipe.model_copy(update={"stages": tuple(good), "eval": last})
+
+
+def _open(trees: list[tuple[Tree, str]], decide: Decide | None, found: list[Problem]) -> dict[int, Auto]:
+    """The options of every stage whose method is yet to be chosen."""
+    asked: dict[int, Auto] = {}
+    for place, (raw, where) in enumerate(trees):
+        choice = as_choice(raw.get("method"), "method")
+        if not isinstance(choice, dict) or choice.get("name") != AUTO:
+            continue
+        at = f"{where}.method" if where else "method"
+        if decide is None:
+            found.append(Problem(at, "auto is chosen when a run begins, here a method is needed", "name one"))
+        options = _validated(Auto, {key: value for key, value in choice.items() if key != "name"}, at, found)
+        if options:
+            asked[place] = options
+    return asked
+
+
+def _settled(raw: Tree) -> Tree:
+    """With some method in place of ``auto``, so that all else can be checked."""
+    choice = as_choice(raw.get("method"), "method")
+    is_open = isinstance(choice, dict) and choice.get("name") == AUTO
+    return {**raw, "method": CHOSEN["method"]} if is_open else raw
+
+
+def _decided(raw: Tree, where: str) -> Stage:
+    found: list[Problem] = []
+    stage = _stage(raw, where, found)
+    if stage is None or found:
+        raise RecipeError(found, [raw])
+    return stage
 
 
 def _tree(source: str | Path | Mapping[str, Any], overrides: Iterable[str] | Mapping[str, Any]) -> Tree:
@@ -275,6 +318,11 @@ def schema_json() -> Tree:
     definitions = stage.pop("$defs", {})
     for room, key in _CHOICES:
         stage["properties"][key] = {"anyOf": [{"enum": plugins.names(room)}, *_choices(room, definitions)]}
+    asks = Auto.model_json_schema()
+    asks["properties"] |= {"name": {"const": AUTO}}
+    by_name, *with_options = stage["properties"]["method"]["anyOf"]
+    by_name = {"enum": [*by_name["enum"], AUTO]}
+    stage["properties"]["method"]["anyOf"] = [by_name, *with_options, {**asks, "required": ["name"]}]
     held = {"anyOf": [{"enum": plugins.names("regularizers")}, *_choices("regularizers", definitions)]}
     stage["properties"]["regularizers"] = {"anyOf": [held, {"type": "array", "items": held}]}
     whole = Recipe.model_json_schema()

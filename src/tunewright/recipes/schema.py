@@ -118,6 +118,42 @@ class EvaluateConfig(Config):
     """Answers shown side by side in the report."""
 
 
+class Advised(Config):
+    """What the advisor says of a stage that it chose, so that the report can tell how well it was foretold."""
+
+    why: tuple[str, ...] = ()
+    """In plain words."""
+    memory: float = Field(ge=0)
+    """Bytes of the process, at its peak."""
+    tokens_per_second: float = Field(gt=0)
+    """Of training."""
+    seconds: float = Field(ge=0)
+    """Of training."""
+    tried: int = Field(0, ge=0)
+    """Real steps that the figures come from; 0 where they were computed."""
+    question: str = ""
+    """SHA-256 of the stage as it was written, with ``method: auto``: while it is the same, the answer is."""
+
+
+AUTO = "auto"
+"""The method that asks the advisor for one."""
+
+
+class Auto(Config):
+    """Options of ``method: auto``: method and dials that the recipe leaves open are chosen when the run begins."""
+
+    goal: Literal["", "quality", "speed", "memory", "multi-task", "alignment"] = ""
+    """What counts most."""
+    memory: str = ""
+    """What the run may take, such as 4GB; all that is free if not given."""
+    deadline: str = ""
+    """How long training may take, such as 2h."""
+    tries: int = Field(3, ge=0, le=20)
+    """Plans that are tried for a few real steps; 0 only computes."""
+    rates: bool = True
+    """Find the learning rate by a short range test, if plans are tried and the recipe gives none."""
+
+
 CHOSEN = {"method": "lora", "objective": "sft", "optimizer": "adamw"}
 """What a stage has that names none; each key's plugins are in the room of its plural."""
 
@@ -181,6 +217,8 @@ class Stage(Config):
     """The training dials."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """The measurements."""
+    advised: Advised | None = None
+    """Written by ``tunewright advise`` and ``method: auto``; it changes nothing."""
 
     @field_validator("regularizers")
     @classmethod

@@ -131,7 +131,7 @@ class Trainer:
                 if not self.state.step:
                     self._fitted(self._begin)
                 self._rehearse()
-                share = {"padding_share": self.padding_share()}
+                share = {"padding_share": self.padding_share(), "micro_tokens": self._budget}
                 self.log.emit(
                     "train", steps=self.steps, step=self.state.step, samples=len(self.data), **share
                 )

@@ -50,6 +50,7 @@ _LINES: dict[str, Callable[[Event], str]] = {
         f"{e['stage']} will need {human_bytes(e['need'])} of memory, {human_bytes(e['free'])} is free: "
         + (f"it fits with {' '.join(e['change'])}" if e["change"] else "no small change makes it fit")
     ),
+    "advised": lambda e: f"advised {e['method']}: {' '.join(e['why'])}",
     "train": lambda e: (
         f"training {e['samples']} samples for {e['steps']} steps ({e['padding_share']:.1%} padding)"
     ),

@@ -1,0 +1,176 @@
+"""Runs under a memory limit: ``python -m benchmarks.limits`` draws recipes at random, has each written by ``advise --probe
+--apply`` and run under a limit that the system sets, and tries the same with TRL at its defaults. It goes on where it was
+stopped.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import advice, launch, models, rows
+
+Tree = dict[str, Any]
+HERE = Path(__file__).parent
+LOG = Path("runs/benchmarks/limits.jsonl")
+RESULTS = HERE / "limits.json"
+FOLDER = Path("runs/benchmarks/limits").absolute()
+_PATIENCE = 1800.0
+_MB = 1_000_000
+_TOLD = 600
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not in the log yet, then tell all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
+    given = parser.parse_args(arguments)
+    spec = yaml.safe_load((HERE / "limits.yaml").read_text())
+    shapes = yaml.safe_load((HERE / "advice.yaml").read_text())["models"]
+    known = {json.dumps(row["case"]): row for row in rows.read(LOG)} if LOG.exists() else {}
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    cases = drawn(spec)
+    for case in cases:
+        row = known.setdefault(json.dumps(case), {"case": case})
+        files = _files(case, spec["rows"], shapes, given.fixtures)
+        if "ours" not in row:
+            row["ours"] = _ours(case, files, spec["steps"])
+        if "trl" not in row:
+            row["trl"] = _trl(case, row["ours"], files, spec["steps"])
+        rows.write(LOG, list(known.values()))
+        print(_line(row), flush=True)
+    write([known[json.dumps(case)] for case in cases])
+
+
+def drawn(spec: Tree) -> list[Tree]:
+    """The cases, by a seed."""
+    draw, found = random.Random(0), list[Tree]()
+    while len(found) < spec["cases"]:
+        model = draw.choice(sorted(spec["limits"]))
+        case = {
+            "model": model, "objective": draw.choice(spec["objectives"]), "goal": draw.choice(spec["goals"]),
+            "length": draw.choice(spec["lengths"]), "limit": draw.choice(spec["limits"][model]),
+        }  # fmt: skip
+        found += [case] if case not in found else []
+    return found
+
+
+def write(found: Sequence[Tree]) -> None:
+    """Keep what docs/advice.md shows, and count."""
+    kept = [{"case": row["case"], "ours": row["ours"], "trl": row["trl"]} for row in found]
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
+    for system in ("ours", "trl"):
+        print(f"{system}: {sum(row[system]['finished'] for row in kept)} of {len(kept)} ran to their end")
+
+
+def _line(row: Tree) -> str:
+    told = " ".join(str(value) for value in row["case"].values() if value)
+    ends = (
+        f"{of}: {'finished' if row[of]['finished'] else row[of]['why'][-160:]!r}" for of in ("ours", "trl")
+    )
+    return f"{told}: {row['ours'].get('choice', '')}; {'; '.join(ends)}"
+
+
+@contextmanager
+def limited(megabytes: int) -> Iterator[None]:
+    """Processes that begin within get no more private memory."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (megabytes * _MB, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _ours(case: Tree, files: Tree, steps: int) -> Tree:
+    """What was advised, and whether it ran to its end."""
+    recipe, output = FOLDER / "recipe.yaml", FOLDER / "run"
+    recipe.unlink(missing_ok=True)
+    shutil.rmtree(output, ignore_errors=True)
+    asked = [f"model={files['model']}", f"data={files['data']}", f"runs={FOLDER / 'none'}"]
+    asked += [f"objective={case['objective']}"] if case["objective"] == "dpo" else []
+    asked += [f"goal={case['goal']}"] if case["goal"] else []
+    told, why = _command(case, ["advise", *asked, "--probe", "--apply", str(recipe), "--json"])
+    if why:
+        return {"finished": False, "why": why}
+    best = json.loads(told)["plans"][0]
+    found = {"choice": best["method"]["name"], "fits": best["fits"], "foretold": best["memory"],
+             "micro_tokens": best["micro_tokens"], "checkpointing": best["gradient_checkpointing"]}  # fmt: skip
+    told, why = _command(case, ["run", str(recipe), f"output={output}", f"train.max_steps={steps}", "--json"])
+    if why:
+        return {**found, "finished": False, "why": why}
+    train = json.loads(told)["results"]["stages"][0]["train"]
+    return {**found, "finished": True, "peak": train["peak_memory"]}
+
+
+def _command(case: Tree, arguments: list[str]) -> tuple[str, str]:
+    """The last line that the command printed, and what went wrong if anything did."""
+    with limited(case["limit"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "tunewright", *arguments], check=False, capture_output=True, text=True,
+            env=dict(os.environ),
+        )  # fmt: skip
+    lines = done.stdout.splitlines() or [""]
+    return lines[
+        -1
+    ], "" if done.returncode == 0 else f"exit {done.returncode}: {(done.stderr or lines[-1])[-_TOLD:]}"
+
+
+def _trl(case: Tree, ours: Tree, files: Tree, steps: int) -> Tree:
+    """The same model, rows and length with TRL's trainer at its defaults; LoRA where an adapter was advised."""
+    whole = ours.get("choice") in ("full", "partial")
+    work = {
+        "model": files["model"], "train": files["data"], "output": str(FOLDER / "trl" / "output"), "lr": 1e-4, "epochs": 1,
+        "max_length": case["length"], "snapshots": 0, "method": {"name": "full" if whole else "lora"},
+        "objective": {"name": case["objective"]}, "settings": {"args": {"max_steps": steps}},
+    }  # fmt: skip
+    env = launch.environment(
+        FOLDER / "caches", {}, int(os.environ.get("OMP_NUM_THREADS", "0")) or None, "cpu"
+    )
+    with limited(case["limit"]):
+        done = launch.run(launch.PYTHONS["peers"], "systems.trl", work, FOLDER / "trl", env, _PATIENCE)
+    method = work["method"]
+    if "failed" in done:
+        return {"finished": False, "method": method, "why": done["failed"][-_TOLD:]}
+    return {"finished": True, "method": method, "peak": done["peak_memory"]}
+
+
+def _files(case: Tree, count: int, shapes: Tree, fixtures: Path) -> Tree:
+    """A model's folder, and rows for it as messages."""
+    name = case["model"]
+    model = name if name.startswith("builtin:") else str(models.model_folder(
+        FOLDER.parent / "advice", name, shapes[name], fixtures).absolute())  # fmt: skip
+    data = FOLDER / "data" / f"{name.replace(':', '-')}-{case['objective']}-{case['length']}.jsonl"
+    if not data.exists():
+        data.parent.mkdir(parents=True, exist_ok=True)
+        made = advice.some_rows(Path(_folder(model)), case["objective"], case["length"], count)
+        rows.write(data, [_as_messages(row) for row in made])
+    return {"model": _folder(model), "data": str(data)}
+
+
+def _folder(model: str) -> str:
+    """Of a model by its name."""
+    from tunewright.models.load import find
+
+    return str(find(model).folder or model)
+
+
+def _as_messages(row: Tree) -> Tree:
+    if "completion" not in row:
+        return row
+    turns = (("user", row["prompt"]), ("assistant", row["completion"]))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+if __name__ == "__main__":
+    main()
