@@ -95,7 +95,7 @@ class _Bench:
             begun = self.begin(way)
             reason = begun.reason or "it takes more memory than there is"
             if not begun.reason and (found := self._measured(way, begun)).fits:
-                return replace(found, reasons=(_told(plan, found), *plan.reasons))
+                return replace(found, reasons=(*plan.reasons, _told(plan, found)))
         words = Words(f"It was tried and failed: {reason}", f"试运行失败：{reason}")
         return replace(plan, fits=False, reasons=(words, *plan.reasons))
 
@@ -148,7 +148,7 @@ class _Bench:
         found = None if begun.reason else self._measured(plan, begun)
         if found is None or not found.fits:
             return None
-        return replace(found, tuned=plan.tuned, reasons=(_told(plan, found), *plan.reasons[1:]))
+        return replace(found, tuned=plan.tuned, reasons=(*plan.reasons[:-1], _told(plan, found)))
 
     def rated(self, plan: Plan) -> Plan:
         """With the learning rate of a range test, if the recipe leaves it open and the loss tells which is better."""
