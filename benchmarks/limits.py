@@ -28,6 +28,8 @@ FOLDER = Path("runs/benchmarks/limits").absolute()
 _PATIENCE = 1800.0
 _MB = 1_000_000
 _TOLD = 600
+_FIGURES = ("memory", "tokens_per_second")
+_DIALS = ("precision", "micro_tokens", "gradient_checkpointing", "lr")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,13 +106,14 @@ def _ours(case: Tree, files: Tree, steps: int) -> Tree:
     if why:
         return {"finished": False, "why": why}
     best = json.loads(told)["plans"][0]
-    found = {"choice": best["method"]["name"], "fits": best["fits"], "foretold": best["memory"],
-             "micro_tokens": best["micro_tokens"], "checkpointing": best["gradient_checkpointing"]}  # fmt: skip
+    found = {"choice": best["method"]["name"], "fits": best["fits"], "foretold": {name: best[name] for name in _FIGURES},
+             "dials": {name: best[name] for name in _DIALS}}  # fmt: skip
     told, why = _command(case, ["run", str(recipe), f"output={output}", f"train.max_steps={steps}", "--json"])
     if why:
         return {**found, "finished": False, "why": why}
     train = json.loads(told)["results"]["stages"][0]["train"]
-    return {**found, "finished": True, "peak": train["peak_memory"]}
+    came = {"memory": train["peak_memory"], "tokens_per_second": train["tokens_per_second"]}
+    return {**found, "finished": True, "measured": came}
 
 
 def _command(case: Tree, arguments: list[str]) -> tuple[str, str]:

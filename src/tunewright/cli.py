@@ -65,7 +65,7 @@ def demo(
     from tunewright.train import guard
 
     guard.Preemption.lasting = True
-    result = demonstration.demo(output, quiet=as_json)
+    result = demonstration.demo(output, _hear(as_json), quiet=as_json)
     result["seconds"] = time.monotonic() - began
     if as_json:
         _say(result)

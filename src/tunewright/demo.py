@@ -1,24 +1,27 @@
-"""The demo: the built-in model learns to answer, and is measured before and after."""
+"""The demo: the advisor chooses how the built-in model learns to answer, and is measured by what comes of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunewright import pipeline, recipes
+from tunewright import pipeline
+from tunewright.auto import Advisor
 from tunewright.runs import Run
 
 RECIPE: dict[str, Any] = {
     "model": "builtin:pico",
-    "method": {"name": "lora", "rank": 16},
-    "objective": "sft",
     "data": {"train": "builtin:demo-train", "valid": "builtin:demo-valid"},
-    "train": {"epochs": 3, "lr": 2.0e-3, "tokens_per_batch": 2048},
+    "method": {"name": "auto", "tries": 1, "rates": False},
+    "precision": "bf16",
+    "train": {"epochs": 3, "tokens_per_batch": 2048, "micro_tokens": 2048},
     "evaluate": {"max_new_tokens": 32},
 }
 
 
-def demo(output: Path, quiet: bool = False) -> dict[str, Any]:
+def demo(output: Path, tell: Callable[[str], None], quiet: bool = False) -> dict[str, Any]:
     """Run it afresh into ``output``; returns scores before and after, and the report's path."""
-    run = pipeline.run(recipes.load({**RECIPE, "output": str(output)}), quiet=quiet, fresh=True)
+    recipe = pipeline.load({**RECIPE, "output": str(output)}, advisor=Advisor(fresh=True, tell=tell))
+    run = pipeline.run(recipe, quiet=quiet, fresh=True)
     stage = run.results["stages"][0]
     return {"before": stage["before"], "after": stage["after"], "report": str(run.report)}
 
@@ -35,6 +38,6 @@ def summary(result: dict[str, Any], run: Run) -> list[str]:
         f"Report: {result['report']}",
         "Next:",
         f"    tunewright chat {run.folder}",
-        f"    tunewright export {run.folder} --merge",
-        "    tunewright run recipes/lora.yaml data=YOUR.jsonl output=runs/mine",
+        f"    tunewright export {run.folder}",
+        "    tunewright run recipes/auto.yaml data=YOUR.jsonl output=runs/mine",
     ]

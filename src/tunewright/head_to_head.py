@@ -4,16 +4,16 @@ Methods are tried: every variant with every seed is a run of its own under ``tri
 reused. Runs and models are only asked: the same held-out rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tunewright import comparison, pipeline, sweeps, trials, variants
 from tunewright.comparison import Comparison
 from tunewright.core import events, lock, paths, plugins, store
-from tunewright.core.errors import Problem, UserError
+from tunewright.core.errors import Problem, UserError, attempted
 from tunewright.core.units import human_seconds, parse_seconds
 from tunewright.evaluate import compare, latency
 from tunewright.evaluate.compare import Subject
@@ -27,7 +27,6 @@ from tunewright.trials import Plan, Tell
 from tunewright.variants import Trial, Variant
 
 Tree = dict[str, Any]
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -123,13 +122,13 @@ def _field(
     found: list[Problem] = []
     if choice.seeds < 1:
         found.append(Problem("--seeds", f"{choice.seeds} is none", "1 or more"))
-    folder = _tried(lambda: paths.folder_to_make(out, "--out"), found)
-    budget = _tried(lambda: _seconds(choice.budget), found)
-    base = _tried(lambda: pipeline.load(source, overrides), found)
+    folder = attempted(lambda: paths.folder_to_make(out, "--out"), found)
+    budget = attempted(lambda: _seconds(choice.budget), found)
+    base = attempted(lambda: pipeline.load(source, overrides), found)
     sweep = (
         choice.sweep
         if isinstance(choice.sweep, Mapping)
-        else _tried(lambda: sweeps.parse(choice.sweep), found)
+        else attempted(lambda: sweeps.parse(choice.sweep), found)
     )
     strange = variants.unknown(choice.methods)
     methods = [name for name in choice.methods if name in plugins.names("methods")]
@@ -144,21 +143,12 @@ def _field(
     )
     found += [one for one in made if isinstance(one, Problem)]
     good = [one for one in made if isinstance(one, Variant)]
-    checked = _tried(lambda: variants.check(good), found)
+    checked = attempted(lambda: variants.check(good), found)
     if found or folder is None or budget is None or checked is None:
         raise UserError(found)
     first = good[0].recipe.stages[0].train.seed
     todo = [Trial(variant, first + number) for number in range(choice.seeds) for variant in good]
     return _Field(folder, good, checked, todo, budget)
-
-
-def _tried(make: Callable[[], Made], found: list[Problem]) -> Made | None:
-    """What is made, or None and one more reason."""
-    try:
-        return make()
-    except UserError as error:
-        found += error.problems
-        return None
 
 
 def _seconds(budget: str) -> float:

@@ -368,7 +368,7 @@ def test_the_resolved_recipe_loads_as_itself(tmp_path: Path, tree: dict[str, Any
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path: Path) -> None:
-    assert load(path).stages
+    assert load(path, (), lambda stages, place, options, output: {**stages[place], "method": "full"}).stages
 
 
 # The JSON schema

@@ -1,10 +1,10 @@
 """What a user asks: a recipe, or ``key=value`` pairs; every mistake is told at once."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,12 +14,11 @@ from tunewright.advise.hardware import Fleet
 from tunewright.advise.situation import GOALS, Given, Situation
 from tunewright.core import plugins
 from tunewright.core.config import problems
-from tunewright.core.errors import Problem, RecipeError, UserError, nearest
+from tunewright.core.errors import Problem, RecipeError, UserError, attempted, nearest
 from tunewright.core.units import parse_bytes
 from tunewright.recipes import DataConfig, stage_trees
 from tunewright.recipes.schema import as_choice, as_data
 
-Found = TypeVar("Found")
 OWN = ("goal", "memory", "devices", "deadline", "rows", "length", "runs", "stage", "objective")
 _KEYS = (*OWN, "model", "data")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -57,7 +56,7 @@ def ask(recipe: str, pairs: Iterable[str]) -> Question:
     """
     found: list[Problem] = []
     own, others = _split(pairs, found)
-    tree = _tried(lambda: _tree(recipe, own.get("stage", ""), others), found) or {}
+    tree = attempted(lambda: _tree(recipe, own.get("stage", ""), others), found) or {}
     return _about(tree, own, found)
 
 
@@ -91,25 +90,17 @@ def _about(
         fix = "give a recipe, or model=builtin:pico, a folder, or shape:llama-2-7b"
         found.append(Problem("model", "no model is named", fix))
         model = ""
-    shape = _tried(lambda: configs.find(model), found) if model else None
-    data = _tried(lambda: _data(tree), found)
-    looked = _tried(lambda: _facts(data, model, own), found)
-    fleet = _tried(lambda: _fleet(own), found)
+    shape = attempted(lambda: configs.find(model), found) if model else None
+    data = attempted(lambda: _data(tree), found)
+    looked = attempted(lambda: _facts(data, model, own), found)
+    fleet = attempted(lambda: _fleet(own), found)
     goal = _one_of("goal", own.get("goal", ""), GOALS, found)
     objective = _objective(tree, own, found)
-    deadline = _tried(lambda: _deadline(own.get("deadline", "")), found)
+    deadline = attempted(lambda: _deadline(own.get("deadline", "")), found)
     if found or shape is None or looked is None or fleet is None or deadline is None:
         raise UserError(dict.fromkeys(found))
     situation = Situation(model, shape, fleet, looked, goal, deadline, objective, given)
     return Question(situation, data, Path(own.get("runs") or "runs"), tree)
-
-
-def _tried(work: Callable[[], Found], found: list[Problem]) -> Found | None:
-    try:
-        return work()
-    except UserError as error:
-        found += error.problems
-        return None
 
 
 def _split(pairs: Iterable[str], found: list[Problem]) -> tuple[dict[str, str], list[str]]:
@@ -182,8 +173,8 @@ def _number(key: str, own: Mapping[str, str], default: int) -> int:
 def _fleet(own: Mapping[str, str]) -> Fleet:
     """The devices that are named, or this machine; with less memory if that is given."""
     found: list[Problem] = []
-    fleet = _tried(lambda: hardware.parse(own["devices"]) if "devices" in own else hardware.here(), found)
-    memory = _tried(lambda: _memory(own["memory"]), found) if "memory" in own else None
+    fleet = attempted(lambda: hardware.parse(own["devices"]) if "devices" in own else hardware.here(), found)
+    memory = attempted(lambda: _memory(own["memory"]), found) if "memory" in own else None
     if found or fleet is None:
         raise UserError(found)
     return hardware.limited(fleet, memory) if memory else fleet

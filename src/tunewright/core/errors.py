@@ -16,11 +16,13 @@ InterruptedRunError        a signal: exit 128 and its number (Ctrl-C 130, SIGTER
                            KeyboardInterrupt: a library's ``except Exception`` must not take it for its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class UserError(TunewrightError):
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+
+def attempted(make: Callable[[], Made], found: list[Problem]) -> Made | None:
+    """What is made, or None with its problems added to those that were found: the next thing is looked at, too."""
+    try:
+        return make()
+    except UserError as error:
+        found += error.problems
+        return None
 
 
 class RecipeError(UserError):
