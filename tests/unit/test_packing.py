@@ -20,6 +20,7 @@ from transformers import (
 
 from tunewright import methods
 from tunewright.data.tokens import LENGTH
+from tunewright.fast import _packed_attention as packed
 from tunewright.fast.packing import Packing, in_one_row
 from tunewright.models import likelihood
 from tunewright.recipes import plugin_config
@@ -121,6 +122,35 @@ def test_dropout_of_attention_stays() -> None:
     assert not any(map(torch.allclose, first, other))
     for own, plain in zip(measured, losses(model, given), strict=True):
         torch.testing.assert_close(own, plain)
+
+
+def test_dropout_keeps_the_scores_of_each_sample_and_not_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        asked.append(query.shape[2])
+        return plain(query, *args, **kwargs)
+
+    model, given = make("gpt2 with dropout"), batch(*SHORT)
+    assert Packing().why_not(work(model)) == ""
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", noted)
+    with Packing().on(work(model)):
+        learn(model.train(), given)
+    assert asked
+    assert max(asked) <= -(-max(SHORT) // 32) * 32
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_dropping_nothing_is_plain_attention(groups: int) -> None:
+    ends = torch.tensor([0, 5, 17, 20], dtype=torch.int32)
+    q, k, v = (torch.randn(1, heads, 24, 8, requires_grad=True) for heads in (4, groups, groups))
+    grad = torch.randn(1, 24, 4, 8)
+    grad[:, 20:] = 0  # tokens of no sample
+    ways = packed.attention(q, k, v, ends, 0.3), packed.dropping(q, k, v, ends, 0.0, 0.3)
+    found = [[out, *torch.autograd.grad(out, (q, k, v), grad)] for out in ways]
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_that_does_not_tell_its_lengths_goes_the_padded_way() -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tunewright.fast import _causal
 
@@ -108,3 +109,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: fl
     """Query [1, H, M, D], key and value [1, G, M, D], where samples begin and the last ends [S + 1] -> [1, M, H, D]."""
     out: Tensor = attend(query, key, value, ends, scale)
     return out.transpose(1, 2)
+
+
+def dropping(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, dropout: float, scale: float) -> Tensor:
+    """The same with dropout of the scores, by PyTorch's kernel, which then keeps them: of each sample alone, where a mask
+    would have it keep those of the whole row.
+    """
+    at = _layout(tuple(ends.tolist()))
+    padded = (_padded(x, at) for x in (query, key, value))
+    out_SHTD = F.scaled_dot_product_attention(
+        *padded, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    _, heads, tokens, width = query.shape
+    row_MX = out_SHTD.transpose(1, 2).reshape(-1, heads * width)[at.to_row]
+    return F.pad(row_MX, (0, 0, 0, tokens - len(row_MX))).view(1, tokens, heads, width)

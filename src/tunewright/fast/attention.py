@@ -84,7 +84,8 @@ def attention(
     Raises:
         ValueError: samples share tokens, and attention is not plain: no mask of the plain implementation says that.
     """
-    more = dropout or any(others.get(name) is not None for name in ("position_bias", "softcap"))
+    odd = any(others.get(name) is not None for name in ("position_bias", "softcap"))
+    more = dropout or odd
     scale = scaling or query.shape[3] ** -0.5
     if others.get("prefixes") is not None:
         if more:
@@ -92,7 +93,9 @@ def attention(
         return _shared_attention.attention(
             query, key, value, others["cu_seq_lens_q"], others["prefixes"], scale
         ), None
-    if others.get("cu_seq_lens_q") is not None and not more:
+    if others.get("cu_seq_lens_q") is not None and not odd:
+        if dropout:
+            return packed.dropping(query, key, value, others["cu_seq_lens_q"], dropout, scale), None
         one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
         return one_row(query, key, value, others["cu_seq_lens_q"], scale), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
