@@ -24,6 +24,7 @@ def test_the_demo_gains_sixty_points_in_ninety_seconds(tmp_path):
     page = (tmp_path / "runs/demo/report.html").read_text()
     assert "<svg" in page
     assert "Samples side by side" in page
+    assert page.index("Chosen by the advisor") < page.index("How well it was foretold")
 
 
 def test_help_answers_in_under_a_third_of_a_second():
