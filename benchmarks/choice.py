@@ -1,14 +1,16 @@
 """How good the advisor's choice is: ``python -m benchmarks.choice`` tries every method on the tasks of choice.yaml.
 
-Each trial is an ordinary run at the dials that advice writes for its method, and as many steps as all others. First every
-method that advice can choose at its rate, then the best at other rates, then all other methods. Goes on where it was stopped; what there is so far is kept in
+Each trial is an ordinary run at the dials that advice writes for its method, and as many steps as all others. First what
+advice chooses, then every
+method that it can choose at its rate, then the best at other rates, then all other methods. It goes on where it was stopped; what
+there is so far is kept in
 choice.json after each round, which docs/advice.md shows.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -17,7 +19,7 @@ from typing import Any
 import yaml
 
 from benchmarks import choice_data, models
-from tunewright import advise, methods, recipes, trials
+from tunewright import advise, methods, probe, recipes, trials
 from tunewright.advise import recipe as advised
 from tunewright.advise.plan import Plan
 from tunewright.advise.trained import FAMILIES
@@ -72,6 +74,20 @@ class Task:
         question, choice = self.answer.question, self.best.choice
         dials = [spec, question.situation.data.sha256, self.best.batch, choice.length, choice.objective]
         return FOLDER / f"{self.name}-{store.sha256_json(dials)[:8]}"
+
+    @property
+    def own(self) -> Trial:
+        """What ``advise --probe`` puts first: the rate is that of a range test, kept beside the trials."""
+        path = self.folder / "rate.json"
+        if not path.exists():
+            asked = replace(
+                self.best, hours=self.spec["steps"] * self.best.batch / self.best.tokens_per_second / 3600
+            )
+            found = probe.rated(
+                replace(self.answer, plans=(asked,)), lambda told: print(f"{self.name} {told}", flush=True)
+            )
+            store.write_record(path, {"factor": found.plans[0].lr / asked.lr})
+        return self.trial(self.best.method, store.read_record(path)["factor"])
 
     def trial(self, method: str, factor: float = 1.0) -> Trial:
         """A method at its dials and ``factor`` times its rate."""
@@ -155,8 +171,9 @@ def narrowed(task: Task, rates: Sequence[float], best: int) -> Iterator[Trial]:
 
 def row(task: Task) -> Tree | None:
     """A line of the table, of what has been tried so far; None before the choice itself has been."""
-    own, every = task.found(task.trial(task.best.method)), task.tried()
-    if own is None:
+    dry, every = task.found(task.trial(task.best.method)), task.tried()
+    own = task.found(task.own) if dry else None
+    if dry is None or own is None:
         return None
     first = [one for method in [*planned(task), *others()] if (one := task.found(task.trial(method)))]
     scores = sorted((one["score"] for one in first), key=lambda score: task.worse(score, 1.0))
@@ -165,6 +182,7 @@ def row(task: Task) -> Tree | None:
         "task": task.name, "group": task.group, "title": task.spec["title"], "score": task.spec["score"],
         "steps": task.spec["steps"], "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
         "advised": own, "best": best, "regret": task.worse(own["score"], best["score"]),
+        "computed": dry, "regret_computed": task.worse(dry["score"], best["score"]),
         "chance": _chance(task, own, best), "regret_in_loss": (own["loss"] - low) / low,
         "median": median(scores), "worst": scores[-1], "methods": len({one["method"] for one in every}), "of": len(planned(task)) + len(others()), "trials": len(every), "ranked": every,
     }  # fmt: skip
@@ -192,14 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
     parser.add_argument("--tasks", default="", help="Some of them, with commas between.")
-    parser.add_argument("--rounds", type=int, default=4, help="So many of the four.")
+    parser.add_argument("--rounds", type=int, default=5, help="So many of the five.")
     parser.add_argument("--told", action="store_true", help="Try nothing, tell what there is.")
     given = parser.parse_args(arguments)
     spec = yaml.safe_load((HERE / "choice.yaml").read_text())
     tasks = [Task(name, group, own, given.fixtures) for group in GROUPS for name, own in spec[group].items()]
     wanted = [task for task in tasks if not given.tasks or task.name in given.tasks.split(",")]
     rounds: list[Callable[[Task], Iterable[Trial]]] = [
-        lambda task: map(task.trial, planned(task)), lambda task: narrowed(task, spec["rates"], spec["best"][0]),
+        lambda task: [task.trial(task.best.method), task.own], lambda task: map(task.trial, planned(task)), lambda task: narrowed(task, spec["rates"], spec["best"][0]),
         lambda task: map(task.trial, others()), lambda task: narrowed(task, spec["rates"], spec["best"][1]),
     ]  # fmt: skip
     for trials_of in () if given.told else rounds[: given.rounds]:

@@ -73,6 +73,13 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
     return replace(answer, plans=(best, *rest))
 
 
+def rated(answer: Answer, tell: Tell) -> Answer:
+    """Only the range test, for the first plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        best, *rest = answer.plans
+        return replace(answer, plans=(_Bench(answer.question, Path(folder), tell).rated(best), *rest))
+
+
 def _faster(plan: Plan, factor: float) -> Plan:
     return replace(plan, tokens_per_second=plan.tokens_per_second * factor, hours=plan.hours / factor)
 

@@ -24,6 +24,9 @@ _STEPS = 50
 """At least so many steps should be made, if the data allows it."""
 _LATE = -5
 """Score of a plan that does not end in time."""
+_WARM, _LONGEST_WARM, _LEAST_WARM = 40, 0.3, 0.03
+"""Steps over which the rate rises, 2 / (1 - beta2) with Adam's beta2 of 0.95 (Ma & Yarats 2019, arXiv:1910.04209), and what
+share of the run they may be."""
 _SMALL = 50_000_000
 _MOST_MICRO = 4096
 """Tokens in a forward pass beyond which matrix units gain nothing more."""
@@ -62,6 +65,12 @@ class Plan:
     def method(self) -> str:
         """Its name."""
         return self.choice.method
+
+    @property
+    def warmup(self) -> float:
+        """Share of the steps over which the rate rises: some forty, which are much of a short run."""
+        steps = max(1.0, self.hours * 3600 * self.tokens_per_second / self.batch)
+        return round(min(_LONGEST_WARM, max(_LEAST_WARM, _WARM / steps)), 2)
 
     @property
     def memory(self) -> float:

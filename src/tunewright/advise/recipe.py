@@ -70,6 +70,7 @@ def _training(plan: Plan) -> Tree:
     return {
         "epochs": float(f"{plan.epochs:g}"),
         "lr": float(f"{plan.lr:.1e}"),
+        "warmup": plan.warmup,
         "tokens_per_batch": plan.batch,
         **(
             {"micro_tokens": choice.micro_tokens}
@@ -179,7 +180,7 @@ _WHY = {
     ),
     "micro_tokens": Words("what fits in memory at a time", "一次放得进内存的量"),
     "gradient_checkpointing": Words("activations would not fit", "否则激活值放不下"),
-    "warmup": Words("short runs at a high rate need more of it", "步数少而学习率高时需要更长的预热"),
+    "warmup": Words("some 40 steps, 0.3 of all at most", "约 40 步，最多占 0.3"),
     "early_stop": Words("ends when held-out loss no longer falls", "留出损失不再下降时停止"),
     "eval_every": Words("early stopping looks so often", "早停的检查间隔"),
 }
