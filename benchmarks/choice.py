@@ -1,10 +1,8 @@
 """How good the advisor's choice is: ``python -m benchmarks.choice`` tries every method on the tasks of choice.yaml.
 
 Each trial is an ordinary run at the dials that advice writes for its method, and as many steps as all others. First what
-advice chooses, then every
-method that it can choose at its rate, then the best at other rates, then all other methods. It goes on where it was stopped; what
-there is so far is kept in
-choice.json after each round, which docs/advice.md shows.
+advice chooses, then every method that it can choose at its rate, then the best at other rates, then all other methods.
+It goes on where it was stopped; what there is so far is kept in choice.json after each round, which docs/advice.md shows.
 """
 
 import argparse

@@ -116,9 +116,15 @@ def dropping(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, dropout: f
     would have it keep those of the whole row.
     """
     at = _layout(tuple(ends.tolist()))
-    padded = (_padded(x, at) for x in (query, key, value))
+    q_SHTD, k_SGTD, v_SGTD = (_padded(x, at) for x in (query, key, value))
     out_SHTD = F.scaled_dot_product_attention(
-        *padded, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        q_SHTD,
+        k_SGTD,
+        v_SGTD,
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     _, heads, tokens, width = query.shape
     row_MX = out_SHTD.transpose(1, 2).reshape(-1, heads * width)[at.to_row]
