@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks import advice, launch, models, rows
+from tunewright.core import cgroups
 
 Tree = dict[str, Any]
 HERE = Path(__file__).parent
@@ -27,6 +27,7 @@ RESULTS = HERE / "limits.json"
 FOLDER = Path("runs/benchmarks/limits").absolute()
 _PATIENCE = 1800.0
 _MB = 1_000_000
+_LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
 _TOLD = 600
 _FIGURES = ("memory", "tokens_per_second")
 _DIALS = ("precision", "micro_tokens", "gradient_checkpointing", "lr")
@@ -85,13 +86,28 @@ def _line(row: Tree) -> str:
 
 @contextmanager
 def limited(megabytes: int) -> Iterator[None]:
-    """Processes that begin within get no more private memory."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (megabytes * _MB, before[1]))
+    """Processes that begin within share so much resident memory: a control group, made for them."""
+    own, group = _own_group(), _own_group() / f"tunewright-limits-{os.getpid()}"
+    group.mkdir()
     try:
+        (group / _LIMIT[_version()]).write_text(str(megabytes * _MB))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        (own / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def _version() -> int:
+    return 2 if (cgroups.ROOT / "cgroup.controllers").exists() else 1
+
+
+def _own_group() -> Path:
+    """The folder of this process's group, which it must be allowed to write to."""
+    wanted, base = ("", cgroups.ROOT) if _version() == 2 else ("memory", cgroups.ROOT / "memory")
+    lines = (line.split(":", 2) for line in cgroups.OWN.read_text().splitlines())
+    path = next(path for _, controllers, path in lines if wanted in controllers.split(","))
+    return base / path.strip().lstrip("/")
 
 
 def _ours(case: Tree, files: Tree, steps: int) -> Tree:

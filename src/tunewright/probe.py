@@ -201,7 +201,8 @@ class _Bench:
         device = self.question.situation.fleet.device
         count = steps or (1 if search else _STEPS)
         patience = math.inf if steps else _PATIENCE
-        memory = device.memory if device.is_host else 0
+        # what the system allows it sees to itself
+        memory = self.question.memory if device.is_host else 0
         return trials.first_steps(recipe, self.folder, name, count, patience, memory)
 
     def _measured(self, plan: Plan, begun: Begun) -> Plan:

@@ -34,12 +34,13 @@ class World:
     peak: Callable[[str, dict], int] = lambda method, train: PEAK
     loss: Callable[[float], float] = lambda rate: 1.0
     faster: Callable[[str], float] = lambda precision: 1.0
+    limit: int = 0
 
     def run(self, recipe, folder, name, count, patience, memory) -> Begun:
         stage = recipe.stages[0]
         method, train = stage.method["name"], stage.train.model_dump()
         self.begun.append((method, train))
-        assert memory > 0
+        assert memory == self.limit
         assert not stage.evaluate.enabled
         if reason := self.reason(method, train):
             return Begun([], reason)
@@ -143,6 +144,13 @@ def test_a_plan_that_failed_comes_last_with_its_reason(answer, world):
     assert after.plans[0].method == answer.plans[1].method
     assert (after.plans[-1].method, after.plans[-1].fits) == (first, False)
     assert after.plans[-1].reasons[0].en == "It was tried and failed: killed by the system"
+
+
+def test_memory_that_is_named_is_all_that_a_try_gets(tmp_path, answer, world):
+    world.limit = 3 << 30
+    data = answer.question.data.train[0].path
+    named = advise.answer("", ["model=builtin:pico", f"data={data}", f"runs={tmp_path}", "memory=3GiB"])
+    assert found(named, tries=1).plans[0].fits
 
 
 def test_only_plans_for_this_machine_can_be_tried(tmp_path):

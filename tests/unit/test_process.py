@@ -14,7 +14,7 @@ from techniques import SHAPE, work
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunewright.core import machine
+from tunewright.core import cgroups, machine
 from tunewright.fast import lora_linear, process
 from tunewright.fast.process import Process
 
@@ -133,7 +133,9 @@ def bound() -> Iterator[int]:
 
 @pytest.fixture
 def quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/\n")
     return tmp_path / "cpu.max"
 
 

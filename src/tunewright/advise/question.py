@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from tunewright.advise import configs, facts, hardware
 from tunewright.advise.facts import Facts
-from tunewright.advise.hardware import Fleet
 from tunewright.advise.situation import GOALS, Given, Situation
 from tunewright.core import plugins
 from tunewright.core.config import problems
@@ -39,6 +38,8 @@ class Question:
     """The stage as the recipe has it."""
     keeps: bool = False
     """Whether all that the recipe says stays, and only what it leaves open is chosen."""
+    memory: int = 0
+    """Bytes that were given, where devices or this machine have more; 0 if none were."""
 
     def leaves_open(self, key: str) -> bool:
         """Whether a dial, by its dotted name, may be chosen."""
@@ -93,14 +94,16 @@ def _about(
     shape = attempted(lambda: configs.find(model), found) if model else None
     data = attempted(lambda: _data(tree), found)
     looked = attempted(lambda: _facts(data, model, own), found)
-    fleet = attempted(lambda: _fleet(own), found)
+    fleet = attempted(lambda: hardware.parse(own["devices"]) if "devices" in own else hardware.here(), found)
+    memory = attempted(lambda: _memory(own.get("memory", "")), found)
     goal = _one_of("goal", own.get("goal", ""), GOALS, found)
     objective = _objective(tree, own, found)
     deadline = attempted(lambda: _deadline(own.get("deadline", "")), found)
-    if found or shape is None or looked is None or fleet is None or deadline is None:
+    if found or shape is None or looked is None or fleet is None or deadline is None or memory is None:
         raise UserError(dict.fromkeys(found))
+    fleet = hardware.limited(fleet, memory) if memory else fleet
     situation = Situation(model, shape, fleet, looked, goal, deadline, objective, given)
-    return Question(situation, data, Path(own.get("runs") or "runs"), tree)
+    return Question(situation, data, Path(own.get("runs") or "runs"), tree, memory=memory)
 
 
 def _split(pairs: Iterable[str], found: list[Problem]) -> tuple[dict[str, str], list[str]]:
@@ -170,18 +173,10 @@ def _number(key: str, own: Mapping[str, str], default: int) -> int:
     return int(text)
 
 
-def _fleet(own: Mapping[str, str]) -> Fleet:
-    """The devices that are named, or this machine; with less memory if that is given."""
-    found: list[Problem] = []
-    fleet = attempted(lambda: hardware.parse(own["devices"]) if "devices" in own else hardware.here(), found)
-    memory = attempted(lambda: _memory(own["memory"]), found) if "memory" in own else None
-    if found or fleet is None:
-        raise UserError(found)
-    return hardware.limited(fleet, memory) if memory else fleet
-
-
 def _memory(text: str) -> int:
-    """Bytes, of which there are some."""
+    """Bytes, of which there are some; 0 if none are given."""
+    if not text:
+        return 0
     try:
         found = parse_bytes(text)
     except (ValueError, OverflowError) as error:

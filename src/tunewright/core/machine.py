@@ -7,7 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of each period, or max
+from tunewright.core import cgroups
+
 _TOLD = ("tunewright", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -28,17 +29,14 @@ def hardware() -> dict[str, Any]:
 def cores() -> int:
     """Cores that this process may use: fewer than there are if it is bound to some, or its container is limited."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _read(_QUOTA).split()
-    if len(quota) == 2 and quota[0].isdecimal():
-        return max(1, min(bound, round(int(quota[0]) / int(quota[1]))))
-    return bound
+    return max(1, min(bound, round(cgroups.cores())))
 
 
 def available_memory() -> int:
     """Bytes of memory that are free for a new process: the machine's, or the container's if that is less."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, _cgroup_room())
+            return min(int(line.split()[1]) * 1024, cgroups.memory_room())
     raise OSError("/proc/meminfo has no MemAvailable")
 
 
@@ -46,13 +44,6 @@ def own_limit() -> int:
     """Bytes that this process may hold by the limits set for it (``ulimit -v``, ``ulimit -d``); a huge number if none is."""
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     return min([limit for limit in limits if limit != resource.RLIM_INFINITY], default=1 << 62)
-
-
-def _cgroup_room() -> int:
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if not limit.exists() or limit.read_text().strip() == "max":
-        return 1 << 62
-    return int(limit.read_text()) - int(used.read_text())
 
 
 def _read(path: Path) -> str:
