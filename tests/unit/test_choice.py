@@ -65,7 +65,7 @@ def test_every_method_is_tried_or_left_out_with_a_reason(task: Task) -> None:
 
 def test_a_trials_name_has_all_that_differs(task: Task) -> None:
     names = [task.trial("lora", factor).name for factor in (1.0, 3.0)]
-    assert names == ["lora-lr-0.002-seed-0", "lora-lr-0.006-seed-0"]
+    assert names == ["lora-warmup-0.3-lr-0.002-seed-0", "lora-warmup-0.3-lr-0.006-seed-0"]
 
 
 def test_regret_is_against_the_best_of_methods_and_rates(task: Task) -> None:

@@ -114,7 +114,7 @@ def text(question: Question, plan: Plan, language: str, output: str) -> str:
 def _inner(key: str, values: Tree, why: Mapping[str, str]) -> Iterator[str]:
     for name, value in values.items():
         told = f"  # {why[f'{key}.{name}']}" if f"{key}.{name}" in why else ""
-        if key == "advised" and isinstance(value, list):
+        if value and key == "advised" and isinstance(value, list):
             yield f"  {name}:"
             yield from (f"  - {_flow(item)}" for item in value)
         else:
