@@ -69,6 +69,7 @@ def test_a_trials_name_has_all_that_differs(task: Task) -> None:
 
 
 def test_regret_is_against_the_best_of_methods_and_rates(task: Task) -> None:
+    store.write_record(task.folder / "rate.json", {"factor": 1.0})  # a range test's
     keep(task, task.trial(task.best.method), 1.1)
     keep(task, task.trial("ia3"), 4.0)
     keep(task, task.trial("lora"), 1.2)
