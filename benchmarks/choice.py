@@ -22,7 +22,6 @@ from tunewright.advise import recipe as advised
 from tunewright.advise.plan import Plan
 from tunewright.advise.trained import FAMILIES
 from tunewright.core import plugins, store
-from tunewright.evaluate import chance
 from tunewright.recipes.schema import TrainConfig
 from tunewright.variants import Trial, Variant
 
@@ -38,8 +37,6 @@ LEFT_OUT = {
 }
 _ASKED = ("warmup",)
 """Dials of training that rules ask for."""
-_LOWER = {"loss"}
-"""Scores of which less is better; others are shares."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Task:
     @cached_property
     def folder(self) -> Path:
         """Of its trials, which are those of this data, batch and length; all else is in their names."""
-        spec = {key: self.spec.get(key) for key in ("model", "evaluate", "steps")}
+        spec = {key: self.spec.get(key) for key in ("model", "steps")}
         question, choice = self.answer.question, self.best.choice
         dials = [spec, question.situation.data.sha256, self.best.batch, choice.length, choice.objective]
         return FOLDER / f"{self.name}-{store.sha256_json(dials)[:8]}"
@@ -92,7 +89,7 @@ class Task:
         tree = self._recipe(method)
         lr = float(f"{tree['train']['lr'] * factor:.2g}")
         tree["train"] |= {"lr": lr, "max_steps": self.spec["steps"], "save_every": 0}
-        tree["evaluate"] = {"generate": False, **self.spec.get("evaluate", {})}
+        tree["evaluate"] = {"generate": False}
         options = [f"{key} {value}" for key, value in tree["method"].items() if key != "name"]
         options += [f"{key} {value:g}" for key, value in tree["train"].items() if key in _ASKED]
         name = ", ".join([method, *options, f"lr {lr:g}"])
@@ -115,15 +112,13 @@ class Task:
         trials.run_all(plan, [trial], {}, lambda told: print(f"{self.name} {told}", flush=True))
 
     def found(self, trial: Trial) -> Tree | None:
-        """What a finished trial scored."""
+        """What came of a finished trial."""
         return self._found(trials.place(self.folder, trial))
 
     def tried(self) -> list[Tree]:
         """All that was ever tried, also at rates that advice had before its rules were changed; the best first."""
         found = (self._found(at) for at in sorted(self.folder.glob("trials/*")))
-        return sorted(
-            (one for one in found if one), key=lambda one: (self.worse(one["score"], 1.0), one["loss"])
-        )
+        return sorted((one for one in found if one), key=lambda one: one["loss"])
 
     def _found(self, at: Path) -> Tree | None:
         if not trials.is_finished(at):
@@ -135,13 +130,8 @@ class Task:
         dials += [f"{key} {train[key]:g}" for key in _ASKED if train[key] != getattr(TrainConfig(), key)]
         return {
             "name": ", ".join([*dials, f"lr {train['lr']:g}"]), "method": method["name"],
-            "score": after[self.spec["score"]], "loss": after["loss"],
-            "questions": after.get("count", stage["data"]["valid"]["samples"]),
+            "loss": after["loss"],
         }  # fmt: skip
-
-    def worse(self, score: float, best: float) -> float:
-        """By what share of the best a score is worse."""
-        return (score - best if self.spec["score"] in _LOWER else best - score) / abs(best)
 
 
 def planned(task: Task) -> list[str]:
@@ -157,10 +147,7 @@ def others() -> list[str]:
 def narrowed(task: Task, rates: Sequence[float], best: int) -> Iterator[Trial]:
     """The best methods and the advised one, at other rates."""
     at_advised = [task.trial(method) for method in [*planned(task), *others()]]
-    found = sorted(
-        (row for trial in at_advised if (row := task.found(trial))),
-        key=lambda row: task.worse(row["score"], 1.0),
-    )
+    found = sorted((row for trial in at_advised if (row := task.found(trial))), key=lambda row: row["loss"])
     chosen = dict.fromkeys([task.best.method, *(row["method"] for row in found[:best])])
     for method in chosen:
         for factor in rates:
@@ -174,24 +161,14 @@ def row(task: Task) -> Tree | None:
     if dry is None or own is None:
         return None
     first = [one for method in [*planned(task), *others()] if (one := task.found(task.trial(method)))]
-    scores = sorted((one["score"] for one in first), key=lambda score: task.worse(score, 1.0))
-    best, low = every[0], min(one["loss"] for one in every)
+    losses, best = [one["loss"] for one in first], every[0]["loss"]
     return {
-        "task": task.name, "group": task.group, "title": task.spec["title"], "score": task.spec["score"],
-        "steps": task.spec["steps"], "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
-        "advised": own, "best": best, "regret": task.worse(own["score"], best["score"]),
-        "computed": dry, "regret_computed": task.worse(dry["score"], best["score"]),
-        "chance": _chance(task, own, best), "regret_in_loss": (own["loss"] - low) / low,
-        "median": median(scores), "worst": scores[-1], "methods": len({one["method"] for one in every}), "of": len(planned(task)) + len(others()), "trials": len(every), "ranked": every,
+        "task": task.name, "group": task.group, "title": task.spec["title"], "steps": task.spec["steps"],
+        "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
+        "advised": own, "regret": own["loss"] / best - 1, "computed": dry, "regret_computed": dry["loss"] / best - 1,
+        "median": median(losses), "worst": max(losses), "methods": len({one["method"] for one in every}),
+        "of": len(planned(task)) + len(others()), "ranked": every,
     }  # fmt: skip
-
-
-def _chance(task: Task, *rows: Tree) -> float | None:
-    """What so few held-out questions let two shares differ by, as a share of the best."""
-    if task.spec["score"] in _LOWER:
-        return None
-    errors = [chance.share_error(one["score"], one["questions"]) for one in rows]
-    return chance.margin(*errors) / float(rows[-1]["score"])
 
 
 def write(tasks: Sequence[Task]) -> None:
@@ -199,8 +176,10 @@ def write(tasks: Sequence[Task]) -> None:
     found = [one for task in tasks if (one := row(task))]
     RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
     for one in found:
-        told = f"advised {one['advised']['name']} {one['advised']['score']:.3f}, best {one['best']['name']}"
-        print(f"{one['task']}: {told} {one['best']['score']:.3f}, regret {one['regret']:.1%}", flush=True)
+        told = (
+            f"advised {one['advised']['name']} {one['advised']['loss']:.3f}, best {one['ranked'][0]['name']}"
+        )
+        print(f"{one['task']}: {told} {one['ranked'][0]['loss']:.3f}, regret {one['regret']:.1%}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

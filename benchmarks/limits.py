@@ -29,6 +29,7 @@ _PATIENCE = 1800.0
 _MB = 1_000_000
 _LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
 _TOLD = 600
+_NO_MEMORY = ("exit status -9", "allocate memory", "MemoryError", "out of memory")
 _FIGURES = ("memory", "tokens_per_second")
 _DIALS = ("precision", "micro_tokens", "gradient_checkpointing", "lr")
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["trl"] = _trl(case, row["ours"], files, spec["steps"])
         rows.write(LOG, list(known.values()))
         print(_line(row), flush=True)
-    write([known[json.dumps(case)] for case in cases])
+    write([known[json.dumps(case)] for case in cases], spec["steps"])
 
 
 def drawn(spec: Tree) -> list[Tree]:
@@ -68,12 +69,20 @@ def drawn(spec: Tree) -> list[Tree]:
     return found
 
 
-def write(found: Sequence[Tree]) -> None:
+def write(found: Sequence[Tree], steps: int) -> None:
     """Keep what docs/advice.md shows, and count."""
-    kept = [{"case": row["case"], "ours": row["ours"], "trl": row["trl"]} for row in found]
-    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
+    kept = [{"case": row["case"], "ours": row["ours"], "trl": _briefly(row["trl"])} for row in found]
+    lines = ",\n".join(map(json.dumps, kept))
+    RESULTS.write_text(f'{{"steps": {steps}, "rows": [\n{lines}\n]}}\n')
     for system in ("ours", "trl"):
         print(f"{system}: {sum(row[system]['finished'] for row in kept)} of {len(kept)} ran to their end")
+
+
+def _briefly(trl: Tree) -> Tree:
+    """How TRL's run ended, without all that it said."""
+    memory = any(sign in trl.get("why", "") for sign in _NO_MEMORY)
+    ended = "ended" if trl["finished"] else "failed" if memory else "other"
+    return {key: value for key, value in trl.items() if key != "why"} | {"ended": ended}
 
 
 def _line(row: Tree) -> str:
