@@ -40,13 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
     given = parser.parse_args(arguments)
     spec = yaml.safe_load((HERE / "limits.yaml").read_text())
-    shapes = yaml.safe_load((HERE / "advice.yaml").read_text())["models"]
     known = {json.dumps(row["case"]): row for row in rows.read(LOG)} if LOG.exists() else {}
     LOG.parent.mkdir(parents=True, exist_ok=True)
     cases = drawn(spec)
     for case in cases:
         row = known.setdefault(json.dumps(case), {"case": case})
-        files = _files(case, spec["rows"], shapes, given.fixtures)
+        files = _files(case, spec["rows"], spec["models"], given.fixtures)
         if "ours" not in row:
             row["ours"] = _ours(case, files, spec["steps"])
         if "trl" not in row:
@@ -177,7 +176,7 @@ def _files(case: Tree, count: int, shapes: Tree, fixtures: Path) -> Tree:
     """A model's folder, and rows for it as messages."""
     name = case["model"]
     model = name if name.startswith("builtin:") else str(models.model_folder(
-        FOLDER.parent / "advice", name, shapes[name], fixtures).absolute())  # fmt: skip
+        FOLDER, name, shapes[name], fixtures).absolute())  # fmt: skip
     data = FOLDER / "data" / f"{name.replace(':', '-')}-{case['objective']}-{case['length']}.jsonl"
     if not data.exists():
         data.parent.mkdir(parents=True, exist_ok=True)
