@@ -1,6 +1,6 @@
 # Six words: make setup, demo, test, check, faults, bench. Each creates .venv and installs what it needs.
 # For bench there are bench-peers, which installs the systems it compares with, bench-gpu, and bench-advice, which holds
-# what is foreseen of memory against what is measured, and what is advised against the best that is found (over an hour).
+# advice against what is measured: memory, the choice of a method, runs under a limit (three hours in all).
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := torch==2.13.0
@@ -54,7 +54,8 @@ bench: .venv/.installed-test
 bench-advice: .venv/.installed-test
 	$(BIN)/python -m benchmarks.advice
 	$(BIN)/python -m benchmarks.choice
-	$(BIN)/python scripts/advice_page.py
+	$(BIN)/python -m benchmarks.limits
+	$(BIN)/python -m benchmarks.advice_page
 
 bench-peers: .venv-peers/.installed .venv-llamafactory/.installed
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from tunewright import recipes, trials
+import yaml
+
+from tunewright import children
 from tunewright.advise import Answer
 from tunewright.advise.memory import ON_POLICY
 from tunewright.advise.past import Measured
@@ -18,11 +20,11 @@ from tunewright.advise.placement import HEADROOM
 from tunewright.advise.plan import Plan
 from tunewright.advise.question import Question
 from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
+from tunewright.children import Begun
 from tunewright.core.errors import Problem, UserError
 from tunewright.core.units import human_bytes, human_seconds
 from tunewright.core.words import Words
 from tunewright.range_test import range_test
-from tunewright.trials import Begun
 
 Tell = Callable[[str], None]
 TRIES = 3
@@ -193,17 +195,15 @@ class _Bench:
         if search and self.question.leaves_open(MICRO):
             whole["train"].pop("micro_tokens", None)
             whole["fast"] = _searching(whole.get("fast", True))
-        quiet = {"train.save_every": 0, "train.eval_every": 0, "evaluate.enabled": False}
-        recipe = recipes.load(
-            {**whole, "output": str(self.folder / name)},
-            quiet | ({"train.max_steps": steps} if steps else {}),
-        )
+        whole["train"] |= {"save_every": 0, "eval_every": 0} | ({"max_steps": steps} if steps else {})
+        whole |= {"evaluate": {"enabled": False}, "output": str(self.folder / name)}
+        recipe = yaml.safe_dump(whole, allow_unicode=True)
         device = self.question.situation.fleet.device
         count = steps or (1 if search else _STEPS)
         patience = math.inf if steps else _PATIENCE
         # what the system allows it sees to itself
         memory = self.question.memory if device.is_host else 0
-        return trials.first_steps(recipe, self.folder, name, count, patience, memory)
+        return children.first_steps(recipe, self.folder / name, self.folder, name, count, patience, memory)
 
     def _measured(self, plan: Plan, begun: Begun) -> Plan:
         steps, (train, *_) = begun.of("step"), begun.of("train")

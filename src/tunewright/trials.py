@@ -5,23 +5,14 @@ stops by the clock would come out differently each time; so a budget becomes a n
 variant: a run of a few steps is timed, and the number that fits is kept in ``plan.json``, which holds for ever.
 """
 
-import json
-import math
-import resource
-import signal
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
-from tunewright import drifts
+from tunewright import children, drifts
 from tunewright.core import events, store
 from tunewright.core.errors import DamagedError, Problem, UserError
 from tunewright.jobs import Job
@@ -33,12 +24,6 @@ Tell = Callable[[str], None]
 _PROBED = 6
 """Steps that are timed; the first ones, which also warm up, count as what a run takes besides its steps."""
 _COLD = 2
-_FEW = 5
-"""Steps that are made however long they take."""
-_LOOKED = 0.1
-"""Seconds between looks at a run that has begun."""
-_TOLD = 240
-"""Characters of a reason; the log has all of it."""
 _PLAN = "plan.json"
 
 
@@ -97,88 +82,7 @@ def is_finished(run: Path) -> bool:
 
 def run(recipe: Recipe, folder: Path, name: str, *options: str) -> str:
     """Run a recipe in a child process; why it failed, or nothing. What it says of itself goes to ``logs/``."""
-    with _started(recipe, folder, name, *options) as child:
-        try:
-            out, _ = child.communicate()
-        except BaseException:
-            child.send_signal(
-                signal.SIGTERM
-            )  # it ends with a checkpoint; one that Ctrl-C has reached ignores this
-            child.wait()
-            raise
-    return _reason(child.returncode, out.decode("utf-8", "replace"), _log(folder, name))
-
-
-def first_steps(
-    recipe: Recipe, folder: Path, name: str, count: int, patience: float = math.inf, memory: int = 0
-) -> "Begun":
-    """Run a recipe in a child process until it has made ``count`` steps, or a few in ``patience`` seconds, and end it.
-
-    It begins as the whole run would, with all techniques that pay in that one. ``memory`` bytes are what it can get
-    of the system (RLIMIT_DATA), if they are given.
-    """
-    log = Path(recipe.output) / "events.jsonl"
-    with _started(recipe, folder, name) as child:
-        if memory:
-            resource.prlimit(child.pid, resource.RLIMIT_DATA, (memory, memory))
-        try:
-            while child.poll() is None and not _is_enough(log, count, patience):
-                time.sleep(_LOOKED)
-        finally:
-            ended_itself = child.poll() is not None
-            child.kill()
-            out, _ = child.communicate()
-    reason = (
-        _reason(child.returncode, out.decode("utf-8", "replace"), _log(folder, name)) if ended_itself else ""
-    )
-    return Begun(list(events.read(log)), reason)
-
-
-@dataclass(frozen=True)
-class Begun:
-    """How a run began."""
-
-    log: Sequence[events.Event]
-    reason: str
-    """Why it failed; nothing if it did not."""
-
-    def of(self, kind: str) -> list[events.Event]:
-        """Its events of a kind."""
-        return [event for event in self.log if event["kind"] == kind]
-
-
-def _is_enough(log: Path, count: int, patience: float) -> bool:
-    steps = [event["time"] for event in events.read(log) if event["kind"] == "step"]
-    return len(steps) >= count or (len(steps) >= _FEW and steps[-1] - steps[0] > patience)
-
-
-def _log(folder: Path, name: str) -> Path:
-    return folder / "logs" / f"{name}.log"
-
-
-@contextmanager
-def _started(recipe: Recipe, folder: Path, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The same program in a process of its own, which has ended when the context does."""
-    path, log = folder / "recipes" / f"{name}.yaml", _log(folder, name)
-    store.write_text(path, to_yaml(recipe))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-P", "-m", "tunewright", "run", str(path), "--json", *options]
-    with log.open("wb") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as child:  # noqa: S603 this program itself
-        yield child
-
-
-def _reason(status: int, out: str, log: Path) -> str:
-    if status == 0:
-        return ""
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    told = json.loads(lines[-1]).get("problems", []) if lines else []
-    if told:
-        return shorten("; ".join(told), _TOLD, placeholder=" ...")
-    if status == -signal.SIGKILL:
-        return "killed by the system, as happens when memory ends"
-    ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    return shorten(": ".join([ended, *last]), _TOLD, placeholder=" ...")
+    return children.run(to_yaml(recipe), folder, name, *options)
 
 
 def planned(folder: Path, variants: Sequence[Variant], budget: float) -> Plan:

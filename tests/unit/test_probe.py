@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tunewright import advise, probe, trials
+from tunewright import advise, children, probe, recipes
+from tunewright.children import Begun
 from tunewright.core.errors import UserError
-from tunewright.trials import Begun
 
 SLOWER, PEAK, TOKENS = 0.5, 1 << 20, 2048
 
@@ -36,8 +37,9 @@ class World:
     faster: Callable[[str], float] = lambda precision: 1.0
     limit: int = 0
 
-    def run(self, recipe, folder, name, count, patience, memory) -> Begun:
-        stage = recipe.stages[0]
+    def run(self, recipe, output, folder, name, count, patience, memory) -> Begun:
+        stage = recipes.load(yaml.safe_load(recipe)).stages[0]
+        assert output == folder / name
         method, train = stage.method["name"], stage.train.model_dump()
         self.begun.append((method, train))
         assert memory == self.limit
@@ -60,7 +62,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, answer: advise.Answer) -> World:
     made = World({plan.method: plan.tokens_per_second for plan in answer.plans})
-    monkeypatch.setattr(trials, "first_steps", made.run)
+    monkeypatch.setattr(children, "first_steps", made.run)
     return made
 
 

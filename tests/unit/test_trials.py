@@ -167,12 +167,6 @@ def test_finished_trials_are_reused_and_deaths_are_rows(base, tmp_path, asked):
     assert asked()[8:] == ["lora-seed-1 2 "]
 
 
-def test_a_child_that_the_system_killed_is_told_so(tmp_path):
-    (tmp_path / "log").write_text("one\ntwo\n")
-    assert "memory" in trials._reason(-9, "", tmp_path / "log")
-    assert trials._reason(-11, "", tmp_path / "log") == "ended by SIGSEGV: two"
-
-
 def test_a_budget_becomes_steps_once(base, tmp_path, asked):
     log = [{"kind": "train", "time": 100.0}]
     log += [{"kind": "step", "time": time} for time in (104.0, 105.0, 107.0, 109.0, 111.0)]

@@ -2,13 +2,12 @@
 published figures.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from benchmarks import advice_tables
 from tunewright.advise import configs, hardware, memory, speed
 from tunewright.advise.memory import Choice, Parts, estimate
 from tunewright.advise.placement import Placement
@@ -17,10 +16,6 @@ from tunewright.advise.shape import Linear, Shape
 from tunewright.core.words import Words
 
 DOCS = Path(__file__).parents[1] / "docs"
-FORESEEN = DOCS.parent / "benchmarks" / "advice.json"
-CHOICE = DOCS.parent / "benchmarks" / "choice.json"
-NEAR = 0.02
-"""What a choice may be worse than the best found."""
 Tree = dict[str, Any]
 GB, GIB = 1e9, float(1 << 30)
 CUDA = 0.8 * GIB
@@ -207,7 +202,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "title": "# Advice", "other": "English | [中文](advice.zh-CN.md)",
         "intro": "`tunewright advise` says which method fits the model, the data and the hardware, before anything runs. It "
         "needs a `config.json` and no weights, and does not load torch but to measure this machine, once. This page is "
-        "written by `scripts/advice_page.py`.",
+        "written by `benchmarks/advice_page.py`.",
         "use": "## Use", "made": "## How it is made",
         "steps": "1. The model's shape is read from its config: every parameter by group, exact for {kinds}; or from a name: {names}.\n"
         "2. The data is read once: rows, kind, duplicates, lengths. The model's own tokenizer counts tokens if its "
@@ -218,8 +213,10 @@ WORDS: dict[str, dict[str, Any]] = {
         "4. The rules below add scores. What does not fit comes last, whatever its score.\n"
         "5. Finished runs in `runs/` (or `runs=FOLDER`) of the same model and the same files overrule this: two methods or more "
         "are ordered by their measured held-out loss, and what ran on this machine shows its measured speed and memory.\n"
-        "6. `--probe` runs six real steps of the best three plans on this machine, each in a process of its own, and puts what "
-        "was measured in place of what was predicted.\n"
+        "6. `--probe` takes the first ten steps of the best three plans on this machine, each the real run in a process of its own, "
+        "and puts what was measured in place of what was predicted; what takes too much is cut smaller, then recomputed. For the "
+        "first it finds how many tokens at a time are fastest, whether bf16 or fp32 is, and by short runs at rates a factor of "
+        "three apart the learning rate.\n"
         "7. `--apply FILE` writes the recipe of the choice, each dial with its reason; what advice does not decide (held-out data, "
         "measurements, regularizers) stays as the recipe has it. Of several stages it is the first, or `stage=NAME`.",
         "limits": "A fleet is a plan: recipes have no dial for placement. Memory of a host that state is offloaded to is told and "
@@ -234,34 +231,11 @@ WORDS: dict[str, dict[str, Any]] = {
         "recomputed. Adapters are on all linear layers here and on some of them in most sources. QLoRA's paper and LoRA's "
         "count fewer bytes for a trained parameter than the 16 of mixed precision. Of {count} figures {near} are within a fifth.",
         "figures_head": "| what | published | predicted | ratio | source |\n|---|---:|---:|---:|---|",
-        "choice": "## How good the choice is",
-        "choice_note": "`make bench-advice` tries methods on small tasks and compares what `advise` puts first, with no runs to learn "
-        "from, with the best of all trials. Every trial has the dials that advice writes for its method (batch, length, options, rate) "
-        "and the same number of optimizer steps; the best methods are tried at a third and at three times their rate as well, so the "
-        "best found is the best of methods and rates together. Regret is by how much the advised score is worse, as a share of the best: "
-        "at most {near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} fresh ones; on {unsure} more it is less than chance explains. The first are in-sample: rules and "
-        "rates were changed by what these trials showed, and the warm-up by the one marked as seen; no rule for a fresh task. `median` and `worst` are of methods at their "
-        "advised rates: what a blind pick scores. One seed and few steps: in brackets is what chance lets two shares of so few "
-        "questions differ by, and a longer run may rank methods otherwise. Regret in loss is against the lowest held-out loss of all "
-        "trials, whatever decides. What advice cannot choose, such as AdaLoRA, is among what it is compared with. Tried so far are "
-        "{least} to {most} of {all} methods a task, so the best of all may not be found yet; the same command goes on with the others.",
-        "choice_head": "| task | decided by | advised | its score | best found | its score | regret | in loss | median | worst | trials |\n"
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
-        "scores": {"loss": "held-out loss", "exact_match": "exact match", "accuracy": "accuracy"},
-        "tuned": "", "seen": " (seen)", "fresh": " (fresh)",
-        "foreseen": "## What a run foresees, against what was measured",
-        "foreseen_note": "Where memory could be short, `run` takes the largest step of the recipe on tensors without values before "
-        "training (`foresight.py`): the real model, method, objective and techniques, with no weights read and no formula for any of "
-        "them. If more is needed than is free, it says so and names the cheapest change that fits. `make bench-advice` holds this "
-        "against the peak of real processes: {count} cases, median error {median}, worst {worst}. Shapes with random weights, two "
-        "steps each; 4,096 tokens a step of rows of up to 256 and `fast.compile` off where nothing else is said. Farthest off "
-        "are two that compute blocks again, a GPT-2 and a quantized mixture: they take more than is foreseen.",
-        "foreseen_head": "| model | method | objective | precision | else | foreseen | measured | error |\n|---|---|---|---|---|---:|---:|---:|",
     },
     "zh": {
         "title": "# 选型建议", "other": "[English](advice.md) | 中文",
         "intro": "`tunewright advise` 在运行之前说明哪种方法适合给定的模型、数据和硬件。只需要 `config.json`，不需要权重；除了"
-        "首次测量本机之外不加载 torch。本页由 `scripts/advice_page.py` 生成。",
+        "首次测量本机之外不加载 torch。本页由 `benchmarks/advice_page.py` 生成。",
         "use": "## 用法", "made": "## 建议如何得出",
         "steps": "1. 从配置读出模型的形状：按组精确计算参数，支持 {kinds}；也可以用名称：{names}。\n"
         "2. 数据只读一遍：行数、类型、重复、长度。若本地有模型的 `tokenizer.json`，用它计数；否则按 4 个拉丁字符或 1.5 个汉字折合一个词元，并注明“估算”。\n"
@@ -269,7 +243,8 @@ WORDS: dict[str, dict[str, Any]] = {
         "每个设备留出十分之一。若另一方案快一倍以上，则不取较简单的那个。\n"
         "4. 下面的规则给方法加分；放不下的方法无论得分多少都排在最后。\n"
         "5. `runs/`（或 `runs=目录`）中同一模型、同一数据的已完成运行优先于规则：有两种以上方法时按实测留出损失排序；在本机运行过的显示实测速度和内存。\n"
-        "6. `--probe` 在本机对排在最前的三个方案各真实运行六步（各用一个进程），用实测代替预测。\n"
+        "6. `--probe` 在本机对排在最前的三个方案各真实运行前十步（各用一个进程），用实测代替预测；放不下的先减小每次词元数，再重算激活值。对第一个方案，"
+        "还会找出最快的每次词元数、bf16 与 fp32 哪个快，并用相差三倍的学习率各做一次短训练来选定学习率。\n"
         "7. `--apply 文件` 写出所选方法的配方，每个设置都注明理由；不由建议决定的部分（留出数据、评测、正则项）保持原样。有多个阶段时取第一个，或 `stage=名称`。",
         "limits": "多设备只是规划：配方里没有部署的设置。卸载所需的主机内存只作说明，不检查。速度等于运算量除以标称速率的一部分"
         "（0.4；本机为实测速率的 0.35），误差按两倍以内理解。小模型在 CPU 上比这个比例更快；进程实际占用的内存还包括分配器保留的部分。",
@@ -280,24 +255,6 @@ WORDS: dict[str, dict[str, Any]] = {
         "figures_note": "GB 为 10^9 字节，GiB 为 2^30 字节。来源没有说明条件时，按一行 1,024 个词元、重算激活值计。这里的适配器加在所有线性层上，"
         "多数来源只加在一部分上。QLoRA 与 LoRA 论文对每个训练参数所计的字节少于混合精度的 16。{count} 个数字中有 {near} 个误差在五分之一以内。",
         "figures_head": "| 内容 | 已发表 | 预测 | 比值 | 出处 |\n|---|---:|---:|---:|---|",
-        "choice": "## 选择的质量",
-        "choice_note": "`make bench-advice` 在小任务上试验各种方法，把 `advise` 在没有任何历史运行时排在第一的方法与所有试验中最好的对照。每次试验都使用"
-        "建议为该方法写出的设置（批量、长度、选项、学习率）和相同的优化步数；最好的几种方法还以三分之一和三倍的学习率试验，因此“最好”是在方法和学习率上"
-        "共同搜索得到的。遗憾值是所选方法的得分比最好的差多少（占最好值的比例）：{tuned_all} 个任务中有 {tuned} 个不超过 {near:.0%}，"
-        "另外 {fresh_all} 个新任务中有 {fresh} 个；还有 {unsure} 个任务的差距小于偶然误差。前者是样本内结果：规则和学习率根据这些试验修改过，标为“看过”的任务使预热变长；没有为新任务改过规则。“中位数”和“最差”是各方法用建议"
-        "的学习率时的得分，即随意选一种方法的结果。只有一个种子、步数很少：括号中是题目这么少时两个比例仅因偶然可能相差的幅度；训练更久时名次可能不同。“损失”"
-        "一列是与所有试验中最低留出损失相比的遗憾值。对照中也包括建议不会选的方法，例如 AdaLoRA。目前每个任务试过 {all} 种方法中的 {least} 至 {most} 种，"
-        "因此全部方法中最好的可能尚未找到；再次运行同一命令会继续其余的。",
-        "choice_head": "| 任务 | 判据 | 建议 | 得分 | 最好 | 得分 | 遗憾值 | 损失 | 方法中位数 | 最差 | 试验数 |\n"
-        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
-        "scores": {"loss": "留出损失", "exact_match": "完全匹配", "accuracy": "准确率"},
-        "tuned": "", "seen": "（看过）", "fresh": "（新）",
-        "foreseen": "## 运行前的预计与实测对照",
-        "foreseen_note": "内存可能不足时，`run` 在训练之前用没有数值的张量走一遍配方中最大的一步（`foresight.py`）：模型、方法、目标和加速技术都是"
-        "真实的，不读取权重，也不为任何一种另写公式。如果需要的多于空闲的，它会说明，并给出放得下的最省改动。`make bench-advice` 把预计与真实进程的峰值对照："
-        "{count} 种情形，误差中位数 {median}，最大 {worst}。模型为随机权重，各两步；未注明时每步 4,096 个词元，每行最多 256 个，`fast.compile` 关闭。"
-        "相差最大的是两种重算各层的情形（GPT-2 与量化的混合专家模型）：实际占用多于预计。",
-        "foreseen_head": "| 模型 | 方法 | 目标 | 精度 | 其他 | 预计 | 实测 | 误差 |\n|---|---|---|---|---|---:|---:|---:|",
     },
 }  # fmt: skip
 
@@ -308,51 +265,6 @@ tunewright advise model=builtin:pico data=my.jsonl --apply advised.yaml
 ```"""
 
 
-def foreseen(language: str) -> list[str]:
-    """What `run` foresees of memory beside what was measured, by benchmarks/advice.json."""
-    words, rows = WORDS[language], json.loads(FORESEEN.read_text())
-    errors = sorted(abs(row["foreseen"] / row["measured"] - 1) for row in rows)
-    told = {"count": len(rows), "median": f"{median(errors):.1%}", "worst": f"{errors[-1]:.1%}"}
-    table = [_foreseen(row) for row in rows]
-    return [
-        words["foreseen"],
-        words["foreseen_note"].format(**told),
-        "\n".join([words["foreseen_head"], *table]),
-    ]
-
-
-def _foreseen(row: Tree) -> str:
-    case, sizes = dict(row["case"]), [f"{row[of] / 1e6:,.0f} MB" for of in ("foreseen", "measured")]
-    own = [case.pop("model"), case.pop("method"), case.pop("objective", "sft"), case.pop("precision", "bf16")]
-    dials = ", ".join(f"{name} {value}".replace(" True", "") for name, value in case.items())
-    return f"| {' | '.join([*own, dials, *sizes])} | {row['foreseen'] / row['measured'] - 1:+.1%} |"
-
-
-def choice(language: str) -> list[str]:
-    """What is advised beside the best of an exhaustive comparison, by benchmarks/choice.json."""
-    words, rows = WORDS[language], json.loads(CHOICE.read_text())
-    tried = [row["methods"] for row in rows]
-    told: Tree = {"near": NEAR, "least": min(tried), "most": max(tried), "all": rows[0]["of"]}
-    told["unsure"] = sum(NEAR < row["regret"] <= (row["chance"] or 0) for row in rows)
-    for group in ("tuned", "fresh"):
-        regrets = [row["regret"] for row in rows if row["group"] == group]
-        told |= {group: sum(regret <= NEAR for regret in regrets), f"{group}_all": len(regrets)}
-    table = "\n".join([words["choice_head"], *(_chosen(row, words, language) for row in rows)])
-    return [words["choice"], words["choice_note"].format(**told), table]
-
-
-def _chosen(row: Tree, words: Tree, language: str) -> str:
-    show = "{:.3f}".format if row["score"] == "loss" else "{:.1%}".format
-    sure = f" ({row['chance']:.0%})" if row["chance"] else ""
-    cells = [
-        row["title"][language] + words[row["group"]], words["scores"][row["score"]],
-        row["advised"]["name"], show(row["advised"]["score"]), row["best"]["name"], show(row["best"]["score"]),
-        f"{row['regret']:.1%}{sure}", f"{row['regret_in_loss']:.1%}",
-        show(row["median"]), show(row["worst"]), str(row["trials"]),
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
 def page(language: str, found: Sequence[Figure]) -> str:
     """The whole page in one language."""
     words = WORDS[language]
@@ -361,10 +273,10 @@ def page(language: str, found: Sequence[Figure]) -> str:
     parts = [
         words["title"], words["other"], words["intro"], words["use"], EXAMPLES, words["made"],
         words["steps"].format(kinds=kinds, names=names), words["limits"], words["rules"], words["rules_note"],
-        "\n".join([words["rules_head"], *(_rule(rule, language) for rule in rules())]), *choice(language), words["formulas"],
+        "\n".join([words["rules_head"], *(_rule(rule, language) for rule in rules())]), *advice_tables.choice(language), words["formulas"],
         "\n".join([words["formulas_head"], *(_formula(row, language) for row in FORMULAS)]), words["figures"],
         words["figures_note"].format(count=len(found), near=near),
-        "\n".join([words["figures_head"], *(_figure(figure, language) for figure in found)]), *foreseen(language),
+        "\n".join([words["figures_head"], *(_figure(figure, language) for figure in found)]), *advice_tables.foreseen(language), *advice_tables.limits(language),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
