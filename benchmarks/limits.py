@@ -168,7 +168,8 @@ def _trl(case: Tree, ours: Tree, files: Tree, steps: int) -> Tree:
         done = launch.run(launch.PYTHONS["peers"], "systems.trl", work, FOLDER / "trl", env, _PATIENCE)
     method = work["method"]
     if "failed" in done:
-        return {"finished": False, "method": method, "why": done["failed"][-_TOLD:]}
+        how, _, said = done["failed"].partition("\n")
+        return {"finished": False, "method": method, "why": f"{how}: {said[-_TOLD:]}"}
     return {"finished": True, "method": method, "peak": done["peak_memory"]}
 
 

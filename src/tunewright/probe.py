@@ -34,6 +34,8 @@ _PATIENCE = 20.0
 """Seconds after which fewer steps are enough."""
 _COLD = 3
 """Steps that also warm up."""
+_NEARLY = 1.3
+"""What is computed may be a little too much: a plan that does not fit by so little is tried all the same."""
 _LEAST = 256
 """Tokens at a time that are not cut further."""
 _FASTER = 1.05
@@ -57,7 +59,8 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
     if not situation.fleet.device.here:
         what = "only plans for this machine can be tried, and devices were named"
         raise UserError(Problem("--probe", what, "leave out devices="))
-    first = [plan for plan in answer.plans if plan.fits][:tries]
+    most = _NEARLY * situation.fleet.device.memory
+    first = [plan for plan in answer.plans if plan.fits or plan.memory <= most][:tries]
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(answer.question, Path(folder), tell)
         tried = [bench.tried(plan) for plan in first]

@@ -148,6 +148,14 @@ def test_a_plan_that_failed_comes_last_with_its_reason(answer, world):
     assert after.plans[-1].reasons[0].en == "It was tried and failed: killed by the system"
 
 
+def test_what_hardly_fits_by_computing_is_tried(tmp_path, answer, world):
+    world.limit = 640 << 20
+    data = answer.question.data.train[0].path
+    named = advise.answer("", ["model=builtin:pico", f"data={data}", f"runs={tmp_path}", "memory=640MiB"])
+    assert not any(plan.fits for plan in named.plans)
+    assert found(named, tries=1).plans[0].fits
+
+
 def test_memory_that_is_named_is_all_that_a_try_gets(tmp_path, answer, world):
     world.limit = 3 << 30
     data = answer.question.data.train[0].path
