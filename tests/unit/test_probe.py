@@ -149,9 +149,9 @@ def test_a_plan_that_failed_comes_last_with_its_reason(answer, world):
 
 
 def test_what_hardly_fits_by_computing_is_tried(tmp_path, answer, world):
-    world.limit = 640 << 20
+    world.limit = 560 << 20
     data = answer.question.data.train[0].path
-    named = advise.answer("", ["model=builtin:pico", f"data={data}", f"runs={tmp_path}", "memory=640MiB"])
+    named = advise.answer("", ["model=builtin:pico", f"data={data}", f"runs={tmp_path}", "memory=560MiB"])
     assert not any(plan.fits for plan in named.plans)
     assert found(named, tries=1).plans[0].fits
 
