@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunewright.advise import configs, facts, hardware, past
+from tunewright.advise import configs, facts, hardware, past, reasons
 from tunewright.advise.facts import Facts
 from tunewright.advise.past import Measured
 from tunewright.advise.plan import Plan, plans
@@ -52,9 +52,10 @@ def best_memory(best: Plan, gigabytes: int) -> float:
 
 
 def test_where_nothing_fits_it_is_said() -> None:
-    best = chosen("llama-2-70b", "1x8GB")
+    asked = situation("llama-2-70b", "1x8GB")
+    best = plans(asked)[0]
     assert not best.fits
-    assert any("does not fit" in words.en for words in best.reasons)
+    assert any("does not fit" in words.en for words in reasons.of(asked, best))
 
 
 def test_what_fits_comes_before_what_does_not() -> None:
@@ -103,9 +104,10 @@ def test_a_device_without_bf16_holds_fp32() -> None:
 
 
 def test_what_is_offloaded_is_told() -> None:
-    full = next(plan for plan in plans(situation()) if plan.method == "full")
+    asked = situation()
+    full = next(plan for plan in plans(asked) if plan.method == "full")
     assert full.placement.offload
-    assert any("host" in words.en for words in full.reasons)
+    assert any("host" in words.en for words in reasons.of(asked, full))
 
 
 def test_over_slow_links_a_simpler_placement_is_passed_over() -> None:

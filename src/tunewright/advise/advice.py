@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tunewright.advise import reasons
 from tunewright.advise.plan import Plan
 from tunewright.advise.situation import Situation
 from tunewright.core.units import human_bytes, human_count, human_seconds
@@ -45,7 +46,7 @@ def lines(situation: Situation, plans: Sequence[Plan], language: str) -> list[st
     return [
         *_asked(situation, say), "", *_table(plans, say), "",
         say(f"Choice: {_chosen(best)}", f"选择：{_chosen(best)}"), *_parts(best, say),
-        *(f"- {words[say.index]}" for words in best.reasons),
+        *(f"- {words[say.index]}" for words in reasons.of(situation, best)),
     ]  # fmt: skip
 
 
@@ -135,11 +136,11 @@ def to_json(situation: Situation, plans: Sequence[Plan]) -> Tree:
             "total": situation.shape.parameters, "active": situation.shape.active},
         "data": {**vars(data), "tasks": list(data.tasks), "labels": list(data.labels), "sha256": list(data.sha256)},
         "devices": {"count": fleet.count, "name": fleet.device.name, "memory": fleet.device.memory},
-        "choice": plans[0].method, "plans": [_plan(plan) for plan in plans],
+        "choice": plans[0].method, "plans": [_plan(situation, plan) for plan in plans],
     }  # fmt: skip
 
 
-def _plan(plan: Plan) -> Tree:
+def _plan(situation: Situation, plan: Plan) -> Tree:
     choice: Mapping[str, Any] = {"name": plan.method, **plan.choice.options}
     return {
         "method": dict(choice), "objective": plan.choice.objective, "precision": plan.choice.precision,
@@ -149,5 +150,5 @@ def _plan(plan: Plan) -> Tree:
         "tokens_per_second": plan.tokens_per_second, "seconds": plan.hours * _HOUR, "trainable": plan.trainable,
         "artifact_bytes": plan.artifact_bytes, "fits": plan.fits, "score": plan.score,
         "measured": plan.measured.run if plan.measured else None,
-        "reasons": [words._asdict() for words in plan.reasons],
+        "reasons": [words._asdict() for words in reasons.of(situation, plan)],
     }  # fmt: skip

@@ -5,14 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tunewright.advise import trained
-from tunewright.advise.memory import ON_POLICY, Choice, Parts, estimate
+from tunewright.advise import reasons, trained
+from tunewright.advise.memory import Choice, Parts, estimate
 from tunewright.advise.past import Measured
 from tunewright.advise.placement import HEADROOM, Placement, fits, simplest
 from tunewright.advise.rules import Rule, holding
 from tunewright.advise.situation import Situation
 from tunewright.advise.speed import pace
-from tunewright.core.units import human_bytes, human_count, human_seconds
 from tunewright.core.words import Words
 
 _LEAST_BATCH, _MOST_BATCH = 2048, 1 << 17
@@ -57,6 +56,7 @@ class Plan:
     train: Mapping[str, Any] = field(default_factory=dict)
     """Dials that rules ask for."""
     reasons: tuple[Words, ...] = ()
+    """What rules, runs and tries say of it; ``reasons.of`` adds what its numbers do."""
     measured: Measured | None = None
     tuned: tuple[str, ...] = ()
     """Dials whose values were found by trying, such as ``train.lr``."""
@@ -220,11 +220,11 @@ def _options(situation: Situation, choice: Choice, placement: Placement, batch: 
 def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str, Measured]) -> Plan:
     """The plan with its score and reasons, and with figures that were measured in place of predicted ones."""
     said = [rule for rule in rules if rule.scores.get(plan.method) or _always(rule)]
-    reasons = [rule.words for rule in sorted(said, key=lambda rule: -rule.scores.get(plan.method, 0))]
+    told = [rule.words for rule in sorted(said, key=lambda rule: -rule.scores.get(plan.method, 0))]
     score = sum(rule.scores.get(plan.method, 0) for rule in rules)
     own = past.get(plan.method)
     if own:
-        reasons.insert(0, _as_measured(own))
+        told.insert(0, reasons.as_measured(own))
         if own.here and situation.fleet.device.here:
             rate = own.tokens_per_second
             hours = situation.data.tokens * plan.epochs / rate / 3600
@@ -232,69 +232,11 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
             plan = replace(plan, fits=own.peak_memory <= (1 - HEADROOM) * situation.fleet.device.memory)
     if situation.deadline and plan.hours * 3600 > situation.deadline:
         score += _LATE
-        reasons.append(_late(plan, situation.deadline))
+        told.append(reasons.late(plan.hours, situation.deadline))
     train = {key: value for rule in said for key, value in rule.train.items()}
-    reasons += _consequences(situation, plan)
-    return replace(plan, score=score, reasons=tuple(reasons), train=train)
+    return replace(plan, score=score, reasons=tuple(told), train=train)
 
 
 def _always(rule: Rule) -> bool:
     """Whether it is said of every method: it decides about something else."""
     return bool(rule.objective) or not rule.scores
-
-
-def _as_measured(own: Measured) -> Words:
-    match = "" if own.exact_match is None else f", {own.exact_match:.1%}"
-    return Words(
-        f"Measured in {own.run}: held-out loss {own.loss:.3f}{match and f', exact match{match[1:]}'}; measurements "
-        "overrule rules.",
-        f"{own.run} 中实测：留出损失 {own.loss:.3f}{match and f'，完全匹配{match[1:]}'}；实测优先于规则。",
-    )
-
-
-def _late(plan: Plan, deadline: float) -> Words:
-    took, given = human_seconds(plan.hours * 3600), human_seconds(deadline)
-    return Words(
-        f"It takes {took}, more than the {given} that there are.", f"需要 {took}，超过给定的 {given}。"
-    )
-
-
-def _consequences(situation: Situation, plan: Plan) -> Iterator[Words]:
-    """What the numbers themselves say."""
-    need, there = human_bytes(plan.memory), human_bytes(situation.fleet.device.memory)
-    if not plan.fits:
-        yield Words(
-            f"It does not fit: {need} on a device of {there}, of which a tenth stays free.",
-            f"放不下：每个设备需要 {need}，而设备只有 {there}（其中十分之一留作余量）。",
-        )
-    if plan.choice.checkpointing:
-        yield Words(
-            "Activations are recomputed in the backward pass, else they would not fit.",
-            "反向传播时重算激活值，否则放不下。",
-        )
-    if plan.placement.devices > 1:
-        yield _placement(situation, plan)
-    if plan.placement.offload:
-        size = human_bytes(12.0 * plan.trainable)
-        yield Words(
-            f"Masters and moments lie in the host's memory, {size} in all, which must be there.",
-            f"优化器状态放在主机内存，共 {size}，须有这么多。",
-        )
-    if plan.choice.objective in ON_POLICY:
-        yield Words(
-            f"{human_count(plan.choice.answers)} answers are drawn at a time.",
-            f"每次同时生成 {human_count(plan.choice.answers)} 个回答。",
-        )
-
-
-def _placement(situation: Situation, plan: Plan) -> Words:
-    """Why it is placed so."""
-    count, name = plan.placement.devices, plan.placement.name
-    waiting = pace(situation.shape, plan.choice, plan.placement, situation.fleet, plan.batch).waiting
-    told = f"{waiting:.0%}" if waiting >= 0.005 else ""
-    return Words(
-        f"Over {count} devices: {name} is the simplest placement that fits, and none is twice as fast"
-        + (f"; devices wait for one another {told} of the time." if told else "."),
-        f"在 {count} 个设备上，{name} 是放得下的最简单方案，没有别的方案快一倍以上"
-        + (f"；有 {told} 的时间在互相等待。" if told else "。"),
-    )

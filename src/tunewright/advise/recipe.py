@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from tunewright.advise import reasons
 from tunewright.advise.configs import NAMED
 from tunewright.advise.plan import Plan
 from tunewright.advise.question import Question
@@ -38,7 +39,7 @@ def tree(question: Question, plan: Plan, language: str = "en") -> Tree:
         raise UserError(found)
     written = data.model_dump(mode="json", exclude_defaults=True)
     made = {
-        "advised": _advised(plan, 1 if language == "zh" else 0),
+        "advised": _advised(question, plan, 1 if language == "zh" else 0),
         "model": situation.model,
         "data": {**written, "max_length": plan.choice.length},
         "method": {"name": plan.method, **plan.choice.options},
@@ -50,9 +51,9 @@ def tree(question: Question, plan: Plan, language: str = "en") -> Tree:
     return _laid_over(made, question.written) if question.keeps else made
 
 
-def _advised(plan: Plan, language: int) -> Tree:
+def _advised(question: Question, plan: Plan, language: int) -> Tree:
     return {
-        "why": [words[language] for words in plan.reasons],
+        "why": [words[language] for words in reasons.of(question.situation, plan)],
         "memory": round(plan.memory),
         "tokens_per_second": _rounded(plan.tokens_per_second),
         "seconds": _rounded(plan.hours * 3600),
