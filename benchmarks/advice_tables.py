@@ -39,7 +39,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "{steps} steps and a measurement: {ours} of {count} came to their end, among them {fitting_ended} of the {fitting} that it had said "
         "would fit. The same model, rows, length and steps with TRL 1.16 at "
         "its defaults (LoRA where an adapter was advised, else all weights): {trl} of {count}. What the probe said of memory was off "
-        "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}.",
+        "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}, with other work beside that came and went.",
         "limits_head": "| model | objective | goal | length | limit | advised | memory, foretold | measured | tokens/s, foretold | measured | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
         "ended": "ended", "failed": "out of memory", "other": "failed", "again": "recomputed", "too much": "said not to fit",
@@ -66,7 +66,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "`tunewright advise --probe --apply` 写出，再在同一上限之内运行 {steps} 步并评测：{count} 份中有 {ours} 份运行到底，其中它说放得下的 {fitting} 份中有 "
         "{fitting_ended} 份。同样的模型、数据、长度和步数，"
         "用 TRL 1.16 的默认设置（建议为适配器时用 LoRA，否则全参数）：{count} 份中有 {trl} 份。试运行对内存的预测，误差中位数 {memory}，最大 {worst_memory}；"
-        "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}。",
+        "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}（其间有其他工作时断时续）。",
         "limits_head": "| 模型 | 目标 | 目的 | 长度 | 上限 | 建议 | 内存预测 | 实测 | 词元/秒预测 | 实测 | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
         "ended": "完成", "failed": "内存不足", "other": "失败", "again": "重算激活值", "too much": "称放不下",
