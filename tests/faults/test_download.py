@@ -136,14 +136,15 @@ def test_an_index_that_leads_out_of_the_folder(shards: Path, tally: Any, entry: 
     index = shards / "model.safetensors.index.json"
     tree = json.loads(index.read_text())
     first = next(iter(tree["weight_map"].values()))
+    own = f"row15-{os.getpid()}-{first}"  # the same test may run beside with another entry
     (shards / "sub").mkdir()
     for place in (shards.parent, shards / "sub", Path("/tmp")):
-        shutil.copy(shards / first, place / f"row15-{first}")
-    name = entry.format(f"row15-{first}", f"row15-{first}")
+        shutil.copy(shards / first, place / own)
+    name = entry.format(own, own)
     tree["weight_map"] = {key: name if v == first else v for key, v in tree["weight_map"].items()}
     index.write_text(json.dumps(tree))
     tally.add(names(lambda at: find(str(at)), shards, index.name, "no safetensors file"), entry)
-    Path("/tmp", f"row15-{first}").unlink()
+    Path("/tmp", own).unlink()
 
 
 @pytest.mark.row(15)
