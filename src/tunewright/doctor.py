@@ -191,6 +191,7 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
         f"{'training':<13} {computing['threads']} threads; freed memory is {kept}; huge pages: {computing['huge pages']}"
     )
     lines.append(f"{'matrix units':<13} {computing['matrix units']}")
+    lines.append(f"{'bf16 products':<13} {computing['bf16 products']}")
     return lines
 
 

@@ -24,7 +24,7 @@ from tunewright.models.announce import listening
 from tunewright.recipes import load
 
 TECHNIQUES = {"arena", "attention", "checkpointing", "compile", "cross_entropy", "frozen_layers", "lora_linear",
-              "micro_batch", "offload", "packing", "process", "shared_prompts"}  # fmt: skip
+              "micro_batch", "offload", "packing", "process", "shared_prompts", "wide_products"}  # fmt: skip
 
 
 @pytest.fixture
@@ -314,8 +314,9 @@ def test_the_doctor_tells_what_a_training_computes_with() -> None:
     assert json.loads(json.dumps(found))["training"] == training
     bare = {**training, "keeps freed memory": False, "matrix units": []}
     told = doctor.environment_lines({**found, "training": bare})
-    assert "left to the C library" in told[-2]
-    assert told[-1].split() == ["matrix", "units", "none"]
+    assert "left to the C library" in told[-3]
+    assert told[-2].split() == ["matrix", "units", "none"]
+    assert told[-1] == f"bf16 products {training['bf16 products']}"
 
 
 def test_the_list_has_a_line_on_each() -> None:
@@ -332,7 +333,7 @@ def test_the_list_has_a_line_on_each() -> None:
 # In the loop
 
 LORA = {"name": "lora", "rank": 4}
-MOST = dict.fromkeys(TECHNIQUES - {"compile", "frozen_layers", "micro_batch"}, True)
+MOST = dict.fromkeys(TECHNIQUES - {"compile", "frozen_layers", "micro_batch", "wide_products"}, True)
 
 
 def test_the_loop_tells_what_is_on_and_why_the_rest_is_off(make_trainer: MakeTrainer, tmp_path: Path) -> None:

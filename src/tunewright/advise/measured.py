@@ -12,7 +12,7 @@ from tunewright.core import machine, store
 from tunewright.core.errors import DamagedError
 from tunewright.core.paths import cache_folder
 
-_VERSION = 1
+_VERSION = 2
 _SIDE = 1024
 _COPIED = 64 << 20
 _LEAST = 0.1
@@ -53,6 +53,10 @@ def _place() -> Path:
 def measure() -> Rates:
     """Measure with torch, on the CPU."""
     import torch
+
+    from tunewright.models import wide
+
+    wide.begin()
 
     def product(dtype: Any) -> float:
         a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype) for _ in range(2))

@@ -5,7 +5,7 @@ A technique changes how a training computes, never what: same loss and gradients
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ class Technique(ABC):
     def on(self, work: Work) -> AbstractContextManager[object]:
         """While it is entered, the model computes this way; afterwards the plain way again."""
 
+    def off(self, work: Work) -> AbstractContextManager[object]:
+        """While it is entered, the model computes the plain way: for what is on outside of training as well."""
+        return nullcontext()
+
 
 Switches = bool | Mapping[str, bool]
 """All that pay, or none; or some of them by name, and of the others those that pay."""
@@ -127,8 +131,8 @@ def using(switches: Switches, work: Work, told: Callable[[dict[str, str]], objec
     told(found)
     with ExitStack() as stack:
         for name, reason in found.items():
-            if not reason:
-                stack.enter_context(technique(name).on(work))
+            one = technique(name)
+            stack.enter_context(one.off(work) if reason else one.on(work))
         yield
 
 

@@ -17,6 +17,7 @@ import torch
 from tunewright.core.machine import cores
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _amx_attention, _native, arena
+from tunewright.models import wide
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of glibc's malloc.h
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
@@ -105,6 +106,7 @@ def settings() -> dict[str, Any]:
         "keeps freed memory": bool(_libc()),
         "huge pages": huge_pages() or "unknown",
         "matrix units": [name for name in _TOLD_UNITS if name in flags],
+        "bf16 products": "in fp32" if not wide.why_not() else "the processor's own",
         "attention on matrix units": _amx_attention.prepare() or "yes",
         "large tensors apart": arena.prepare() or "yes",
     }

@@ -13,7 +13,7 @@ from tunewright.core.errors import ModelError, Problem, UserError, nearest
 from tunewright.core.machine import available_memory
 from tunewright.core.paths import given
 from tunewright.core.units import human_bytes
-from tunewright.models import files, hollow, intact
+from tunewright.models import files, hollow, intact, wide
 
 BUILTIN = {"pico": Path(str(resources.files("tunewright.models"))) / "pico"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float32}
@@ -159,6 +159,8 @@ def load_model(
     if source.folder:
         intact.check(source.folder, source.name, source.trust_remote_code)
     dtype = DTYPES[precision]
+    if dtype == torch.bfloat16:
+        wide.begin()
     try:
         if hollow.is_on():
             model = _shaped(source, dtype)
