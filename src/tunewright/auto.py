@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright import advise, recipes
+from tunewright import advise, jobs, recipes
 from tunewright.core import store
-from tunewright.core.errors import RecipeError
+from tunewright.core.errors import RecipeError, UserError
 from tunewright.recipes import Auto
 from tunewright.recipes.reading import read_file
 
@@ -32,13 +32,15 @@ class Advisor:
             UserError: all that is wrong with model and data, or with the options of ``auto``.
         """
         stage = stages[place]
-        question = store.sha256_json(stage)
+        question = store.sha256_json({key: value for key, value in stage.items() if key != "evaluate"})
         known = None if self.fresh else _known(Path(output) / "recipe.yaml", question)
         if known:
             return known
         # a stage that goes on from an earlier one has that one's shape, and cannot be tried before there is one
         goes_on = str(stage.get("model", "")).startswith(_STAGE)
         base = {**stage, "model": stages[0].get("model")} if goes_on else stage
+        if found := [*jobs.output_problems(output), *jobs.look([base])]:  # before anything is tried
+            raise UserError(found)
         own = {key: value for key in ("goal", "memory", "deadline") if (value := getattr(options, key))}
         answer = advise.answer_about(base, {**own, "runs": str(Path(output).parent)})
         if options.tries and not goes_on and not self.dry:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright import comparison, pipeline, sweeps, trials, variants
+from tunewright.auto import Advisor
 from tunewright.comparison import Comparison
 from tunewright.core import events, lock, paths, plugins, store
 from tunewright.core.errors import Problem, UserError, attempted
@@ -88,7 +89,7 @@ def of_methods(
         InterruptedRunError: a signal; the same command goes on from there.
     """
     name = "recipe" if isinstance(source, Mapping) else Path(source).stem
-    field = _field(source, overrides, choice, out or f"runs/compare-{name}")
+    field = _field(source, overrides, choice, out or f"runs/compare-{name}", tell)
     folder, tried = field.folder, field.variants
     with guard.Preemption(), lock.sole_owner(folder, "--out"):
         store.recover(folder, ".*")
@@ -116,7 +117,11 @@ class _Field:
 
 
 def _field(
-    source: pipeline.Source, overrides: Iterable[str] | Mapping[str, Any], choice: Choice, out: str
+    source: pipeline.Source,
+    overrides: Iterable[str] | Mapping[str, Any],
+    choice: Choice,
+    out: str,
+    tell: Tell,
 ) -> _Field:
     """UserError with all that is wrong with any of it."""
     found: list[Problem] = []
@@ -124,7 +129,7 @@ def _field(
         found.append(Problem("--seeds", f"{choice.seeds} is none", "1 or more"))
     folder = attempted(lambda: paths.folder_to_make(out, "--out"), found)
     budget = attempted(lambda: _seconds(choice.budget), found)
-    base = attempted(lambda: pipeline.load(source, overrides), found)
+    base = attempted(lambda: pipeline.load(source, overrides, Advisor(tell=tell)), found)
     sweep = (
         choice.sweep
         if isinstance(choice.sweep, Mapping)

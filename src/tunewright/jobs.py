@@ -128,7 +128,7 @@ class Job:
 
 def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[Job]:
     """The recipe's jobs, data tokenized. UserError with every problem of model, data and machine."""
-    found = [*readers.missing(recipe.logs), *_output_problems(recipe.output)]
+    found = [*readers.missing(recipe.logs), *output_problems(recipe.output)]
     jobs: dict[str, Job] = {}
     for stage in recipe.stages:
         job = _job(stage, jobs, progress, found)
@@ -140,7 +140,8 @@ def check(recipe: Recipe, progress: Progress = lambda name, rows: None) -> list[
     return list(jobs.values())
 
 
-def _output_problems(output: str) -> tuple[Problem, ...]:
+def output_problems(output: str) -> tuple[Problem, ...]:
+    """What is wrong with a run folder's place."""
     try:
         folder_to_make(output, "output")
     except UserError as error:

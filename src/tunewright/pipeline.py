@@ -174,7 +174,7 @@ class _Runner:
             self.log.emit("anew", why=task.why, older=str(older or ""))
             differences = []
         if isinstance(work, Job) and task.is_work and (advised := work.stage.advised):
-            self.log.emit("advised", method=work.stage.method["name"], **advised.model_dump(mode="json"))
+            self.log.emit("advised", **advised.model_dump(mode="json"))
         if isinstance(work, Job) and task.is_work and (short := shortage.of(work)):
             change = [f"{key}={str(value).lower()}" for key, value in short.change.items()]
             self.log.emit("shortage", need=short.need, free=short.free, change=change)

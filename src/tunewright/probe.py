@@ -245,8 +245,8 @@ def _told(plan: Plan, done: Plan) -> Words:
     """What came out beside what was predicted."""
     rate, speed = f"{done.tokens_per_second:,.0f}", f"{plan.tokens_per_second:,.0f}"
     peak, memory = human_bytes(done.memory), human_bytes(plan.memory)
-    took = human_seconds(done.hours * 3600)
+    took, steps = human_seconds(done.hours * 3600), done.measured.steps if done.measured else 0
     return Words(
-        f"Tried for {_STEPS} steps: {rate} tokens/s (predicted {speed}), {peak} (predicted {memory}); so {took} in all.",
-        f"试运行 {_STEPS} 步：{rate} 词元/秒（预测 {speed}），内存 {peak}（预测 {memory}）；全程约 {took}。",
+        f"Tried for {steps} steps: {rate} tokens/s (predicted {speed}), {peak} (predicted {memory}); so {took} in all.",
+        f"试运行 {steps} 步：{rate} 词元/秒（预测 {speed}），内存 {peak}（预测 {memory}）；全程约 {took}。",
     )

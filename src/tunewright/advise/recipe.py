@@ -53,6 +53,7 @@ def tree(question: Question, plan: Plan, language: str = "en") -> Tree:
 
 def _advised(question: Question, plan: Plan, language: int) -> Tree:
     return {
+        "method": plan.method,
         "why": [words[language] for words in reasons.of(question.situation, plan)],
         "memory": round(plan.memory),
         "tokens_per_second": _rounded(plan.tokens_per_second),

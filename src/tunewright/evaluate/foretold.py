@@ -43,17 +43,16 @@ class Advice:
     """Real steps that the figures come from; 0 where they were computed."""
 
     @property
-    def sentences(self) -> list[str]:
+    def summary(self) -> str:
         """What the figures say together."""
         worst = max(self.figures, key=lambda figure: abs(figure.error))
         source = (
             f"{self.tried} real steps before the run" if self.tried else "the shapes alone, nothing was tried"
         )
-        return [
-            f"It was foretold from {source}. "
-            + f"Farthest off was {worst.name.lower()}: {worst.say(worst.foretold)} foretold, "
-            + f"{worst.say(worst.measured)} measured, {worst.words}."
-        ]
+        return (
+            f"It was foretold from {source}. Farthest off was {worst.name.lower()}: {worst.say(worst.foretold)} foretold, "
+            f"{worst.say(worst.measured)} measured, {worst.words}."
+        )
 
 
 def of(stage: Tree) -> Advice:

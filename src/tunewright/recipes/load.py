@@ -254,6 +254,8 @@ def _stage(tree: Tree, where: str, found: list[Problem]) -> Stage | None:
         ]
     if stage is None:
         return None
+    if stage.advised and stage.advised.method != stage.method["name"]:
+        update["advised"] = None
     return stage.model_copy(update={"name": stage.name or stage.objective["name"], **update})
 
 

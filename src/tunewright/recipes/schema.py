@@ -71,7 +71,7 @@ class TrainConfig(Config):
     tokens_per_batch: int = Field(4096, ge=8)
     """Tokens (padding included) in one optimizer step."""
     micro_tokens: int | None = Field(None, ge=8)
-    """Tokens in one forward pass; smaller than tokens_per_batch accumulates gradients."""
+    """Tokens in one forward pass, held-out ones as well; smaller than tokens_per_batch accumulates gradients."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -94,6 +94,11 @@ class TrainConfig(Config):
     """Checkpoints kept (the best is kept besides)."""
     seed: int = Field(0, ge=0)
     """Seed of sample order, initialisation and dropout."""
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Of what is held out, so many tokens in one forward pass: no more than of what is learned."""
+        return min(self.micro_tokens or self.tokens_per_batch, self.tokens_per_batch)
 
 
 class EvaluateConfig(Config):
@@ -121,6 +126,8 @@ class EvaluateConfig(Config):
 class Advised(Config):
     """What the advisor says of a stage that it chose, so that the report can tell how well it was foretold."""
 
+    method: str
+    """Of which it says this; with another one it is left out."""
     why: tuple[str, ...] = ()
     """In plain words."""
     memory: float = Field(ge=0)
