@@ -108,7 +108,7 @@ def foreseen(job: Job, make: Callable[[], Hollow] = Hollow) -> Foreseen:
         base = job.method.load_base(job.source, job.stage.precision)
         hollow.most = before = hollow.live
         if job.stage.evaluate.enabled and len(job.valid):
-            HeldOut(job.objective, job.valid, job.stage.train.tokens_per_batch).rehearse(base)
+            HeldOut(job.objective, job.valid, job.stage.train.held_out_tokens).rehearse(base)
         evaluation = hollow.most - before
         model = job.method.apply(base)
         del base

@@ -60,7 +60,7 @@ class StageRun:
         self.preemption = preemption
         stage = job.stage
         self.exam = Examination(
-            job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.tokens_per_batch
+            job.objective, job.codec, job.valid, job.asked, stage.evaluate, stage.train.held_out_tokens
         )
 
     def run(self, resumed: Callable[[], None]) -> Tree:
@@ -104,7 +104,7 @@ class StageRun:
 
     def _on(self, known: jobs.Known, model: Any) -> float:
         """Loss on old data, nats a token."""
-        return HeldOut(known.objective, known.samples, self.job.stage.train.tokens_per_batch).loss(model)
+        return HeldOut(known.objective, known.samples, self.job.stage.train.held_out_tokens).loss(model)
 
     def _asked(self) -> str:
         """What decides the scores of the model to start from."""

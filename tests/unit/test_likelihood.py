@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -55,3 +56,32 @@ def test_what_listens_hears_of_the_rows_that_go_through(make_model: Any) -> None
     with listening(model, listener), announced(model, batch()):
         likelihood.words(model, batch())
     assert seen == [(3, 3), (3, 3)]
+
+
+def test_losses_in_parts_are_those_of_all_logits_and_make_few_at_a_time(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likelihood, "_AT_ONCE", 5)
+    model, seen = make_model().eval(), []
+    with torch.no_grad():
+        whole = likelihood.plain(model, batch())
+        model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))
+        torch.testing.assert_close(likelihood.in_parts(model, batch()), whole)
+    assert seen[-5:] == [5, 5, 5, 5, 4]
+    assert max(seen) == 5
+
+
+def test_a_model_that_caps_its_logits_keeps_its_own_losses(make_model: Any) -> None:
+    model = make_model().eval()
+    plain = model.forward
+
+    def capped(*args: Any, **more: Any) -> Any:
+        out = plain(*args, **more)
+        out.logits = torch.tanh(out.logits)
+        return out
+
+    model.forward = capped
+    with torch.no_grad():
+        torch.testing.assert_close(
+            likelihood.in_parts(model, batch()), likelihood.plain(model, batch()), rtol=0, atol=0
+        )

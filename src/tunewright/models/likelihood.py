@@ -19,6 +19,8 @@ Losses = Callable[[Any, Batch], Tensor]
 Layout = Callable[[Any, Batch], Batch]
 _FEW = 128
 """Labels that two ways are compared at: logits of whole rows may take more than training does."""
+_AT_ONCE = 128
+"""Rows of logits that are made together where none is kept."""
 _WAY, _LAYOUT, _ENDS = "tunewright_losses", "tunewright_layout", "tunewright_head_ends"
 
 
@@ -104,6 +106,19 @@ def sampled(model: Any, batch: Batch) -> Tensor:
 
     logits_NV = computed(model, at_labels, batch).logits[0]
     return F.cross_entropy(logits_NV.float(), batch["labels"][kept], reduction="none")
+
+
+def in_parts(model: Any, batch: Batch) -> Tensor:
+    """As :func:`plain`, some rows at a time where nothing comes after the output layer: for passes without a gradient,
+    which keep nothing of logits.
+    """
+    if not _ends_with_head(model, batch):
+        return plain(model, batch)
+    head: Any = anatomy.output_head(model)
+    labels_N = batch["labels"][batch["labels"] != IGNORED]
+    states_ND = hidden_states(model, batch)[batch["labels"] != IGNORED]
+    parts = zip(torch.split(states_ND, _AT_ONCE), torch.split(labels_N, _AT_ONCE), strict=True)
+    return torch.cat([F.cross_entropy(head(x_nD).float(), y_n, reduction="none") for x_nD, y_n in parts])
 
 
 def thinned(batch: Batch) -> Batch:

@@ -95,7 +95,7 @@ class Trainer:
         self.ledger = ledger.Ledger(self.folder / "samples.jsonl")
         self._saved = 0
         self.techniques: list[str] = []
-        self.held_out = HeldOut(self.objective, self.valid, self.config.tokens_per_batch)
+        self.held_out = HeldOut(self.objective, self.valid, self.config.held_out_tokens)
 
     @property
     def device(self) -> torch.device:

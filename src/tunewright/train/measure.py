@@ -1,6 +1,7 @@
 """The held-out loss: before, during and after training."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from tunewright.data.batching import cut
 from tunewright.data.tokens import Sample, take
+from tunewright.models import likelihood
 from tunewright.models.announce import announced
 from tunewright.models.memory import fitting
 from tunewright.objectives import Batch, Objective
@@ -72,10 +74,18 @@ class HeldOut:
     def _summed(self, model: Any, batches: Sequence[np.ndarray]) -> Figures:
         if self.objective.explores:
             return self._judged(model, batches)
-        sums: Figures = {}
-        weights = 0.0
         device = next(model.parameters()).device
         together = [self._batch(indices, device) for indices in batches]
+        with (
+            likelihood.computed_by(model, likelihood.in_parts)
+            if likelihood.is_plain(model)
+            else nullcontext()
+        ):
+            return self._added(model, together)
+
+    def _added(self, model: Any, together: Sequence[Batch]) -> Figures:
+        sums: Figures = {}
+        weights = 0.0
         self.objective.look(model, together)
         for batch in together:
             weight = self.objective.weight(batch)
