@@ -11,7 +11,7 @@ import torch
 from tunewright.core import machine
 from tunewright.core.errors import ModelError
 from tunewright.models import inspect
-from tunewright.models.load import ModelSource, find, fingerprint, load_model, load_tokenizer
+from tunewright.models.load import ModelSource, find, fingerprint, load_model, load_tokenizer, outline
 
 
 def refused(name: str | Path, trust: bool = False) -> str:
@@ -227,3 +227,23 @@ def test_the_context_length_is_in_the_config(
 
 def test_free_memory_is_told_in_bytes() -> None:
     assert 2**20 < machine.available_memory() < 2**50
+
+
+def test_an_outline_has_the_tensors_of_the_model() -> None:
+    """Also that two of them are one: nothing is initialised in it, where transformers would tie them."""
+    source = find("builtin:pico")
+    own, whole = outline(source), load_model(source, "bf16")
+    assert own.config.tie_word_embeddings
+    for tensors in (lambda model: model.named_parameters(), lambda model: model.named_buffers()):
+        assert {n: (x.shape, x.dtype) for n, x in tensors(own) if "inv_freq" not in n} == {
+            n: (x.shape, x.dtype) for n, x in tensors(whole) if "inv_freq" not in n
+        }
+    assert {x.device.type for x in own.parameters()} == {"meta"}
+
+
+def test_a_model_of_another_kind_is_said_to_be_none_of_language(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(
+        ModelError, match="of type 'vit', which is no causal language model; fix: use a model"
+    ):
+        outline(ModelSource("m", str(tmp_path)))

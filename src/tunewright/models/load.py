@@ -223,14 +223,29 @@ def outline(source: ModelSource, dtype: torch.dtype = torch.bfloat16) -> Any:
     ModelError if the config describes no model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     code = source.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
+        _check_kind(source, config)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
+        model.tie_weights()  # else done as weights are initialised
+    except ModelError:
+        raise
     except Exception as error:  # whatever the libraries make of a config that is not as they expect it
         raise ModelError(Problem("model", f"{source.name} cannot be loaded: {_brief(error)}")) from error
+    return model
+
+
+def _check_kind(source: ModelSource, config: Any) -> None:
+    """ModelError if it is no model of language. Transformers says so too, once it has imported all two hundred that are."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        what = f"{source.name} is of type {str(config.model_type)[:80]!r}, which is no causal language model"
+        raise ModelError(Problem("model", what, "use a model that continues text, such as llama or qwen2"))
 
 
 def _bytes(model: Any) -> int:
