@@ -129,10 +129,13 @@ def advise(
         from tunewright.probe import probed
 
         answer = probed(answer, _hear(as_json))
+    if not as_json:
+        typer.echo("\n".join(answer.lines(lang.value)))
     if apply:
         answer.write(apply, lang.value)
-    _say(answer.to_json()) if as_json else typer.echo("\n".join(answer.lines(lang.value)))
-    if apply and not as_json:
+    if as_json:
+        _say(answer.to_json())
+    elif apply:
         typer.echo(f"Wrote {apply}\nNext:   tunewright run {apply}")
 
 

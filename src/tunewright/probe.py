@@ -16,7 +16,7 @@ from tunewright import children
 from tunewright.advise import Answer
 from tunewright.advise.memory import ON_POLICY
 from tunewright.advise.past import Measured
-from tunewright.advise.placement import HEADROOM
+from tunewright.advise.placement import HEADROOM, MEASURED_HEADROOM
 from tunewright.advise.plan import Plan
 from tunewright.advise.question import Question
 from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
@@ -219,7 +219,7 @@ class _Bench:
         now = _with(plan, micro_tokens=_at_a_time(begun))
         return replace(
             now, measured=done, tokens_per_second=rate, hours=train["steps"] * each / 3600,
-            fits=peak <= (1 - HEADROOM) * memory,
+            fits=peak <= (1 - MEASURED_HEADROOM) * memory,
             tuned=(MICRO,) if self.question.leaves_open(MICRO) else (),
         )  # fmt: skip
 

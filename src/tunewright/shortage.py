@@ -7,7 +7,7 @@ from typing import Any
 
 from tunewright import foresight, methods
 from tunewright.core.machine import available_memory, own_limit
-from tunewright.core.units import reserved_bytes, resident_bytes
+from tunewright.core.units import own_bytes, reserved_bytes
 from tunewright.jobs import Job
 from tunewright.models import anatomy
 from tunewright.models.load import best_device, outline
@@ -37,7 +37,7 @@ class Shortage:
 
 def of(job: Job) -> Shortage | None:
     """What a stage lacks on a CPU; None if it fits, or if nothing can be foreseen."""
-    free = min(available_memory() + resident_bytes(), own_limit() - reserved_bytes())
+    free = min(available_memory() + own_bytes(), own_limit() - reserved_bytes())
     if best_device() != "cpu" or foresight.why_not(job) or _bound(job) < free:
         return None
     need = _need(job)

@@ -130,6 +130,18 @@ def test_a_size_without_weights_is_no_recipe(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
 
 
+def test_where_nothing_fits_no_recipe_is_written(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Say one.", "completion": "One."}\n' * 4)
+    asked = ["advise", "model=builtin:pico", f"data={data}", "memory=300MB"]
+    done = CliRunner().invoke(cli.app, [*asked, "--apply", str(tmp_path / "advised.yaml")])
+    assert "Choice: " in done.output
+    assert isinstance(done.exception, UserError)
+    assert "no plan fits in 300.0 MB" in str(done.exception)
+    assert "takes the least, 5" in str(done.exception)
+    assert not (tmp_path / "advised.yaml").exists()
+
+
 @pytest.mark.parametrize(("page", "language"), [("README.md", "en"), ("README.zh-CN.md", "zh")])
 def test_the_readme_shows_what_is_printed(page: str, language: str) -> None:
     asked = ["advise", "model=shape:llama-2-70b", "devices=8xH200", "--lang", language]

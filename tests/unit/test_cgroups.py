@@ -26,7 +26,7 @@ def test_without_groups_there_is_plenty(system):
 
 def test_a_container_sees_its_own_group_as_the_root(system):
     put(system, own="0::/docker/abc", memory__max="1000", memory__current="700", cpu__max="150000 100000")
-    put(system, memory__stat="anon 500\ninactive_file 100")
+    put(system, memory__stat="anon 500\ninactive_file 60\nactive_file 40")
     assert cgroups.memory_room() == 400
     assert cgroups.cores() == 1.5
 
@@ -44,7 +44,7 @@ def test_so_it_is_in_the_first_version(system):
     job = {
         "memory__limit_in_bytes": "2000",
         "memory__usage_in_bytes": "1500",
-        "memory__stat": "total_inactive_file 300",
+        "memory__stat": "inactive_file 7\ntotal_inactive_file 250\ntotal_active_file 50",
     }
     put(system / "memory" / "slurm" / "job", **job)
     put(system / "memory", memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="5")

@@ -361,3 +361,11 @@ def test_every_logged_event_is_json_that_any_reader_takes(make_trainer: MakeTrai
 
     for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(("micro_tokens", "at_a_time"), [(48, 48), (None, 128), (4096, 128)])
+def test_held_out_rows_go_through_as_few_at_a_time_as_are_learned(
+    make_trainer: MakeTrainer, micro_tokens: int | None, at_a_time: int
+) -> None:
+    trainer = make_trainer(valid=OTHERS, tokens_per_batch=128, micro_tokens=micro_tokens)
+    assert trainer.held_out.budget == at_a_time

@@ -37,7 +37,7 @@ class Peak:
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortage, "available_memory", lambda: FREE)
-    monkeypatch.setattr(shortage, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(shortage, "own_bytes", lambda: 0)
     monkeypatch.setattr(shortage, "_bound", lambda job: 2.0 * FREE)
 
 

@@ -11,6 +11,8 @@ from tunewright.advise import advice, past, recipe
 from tunewright.advise.plan import Plan, plans
 from tunewright.advise.question import Question, about, ask
 from tunewright.core import store
+from tunewright.core.errors import Problem, UserError
+from tunewright.core.units import human_bytes
 
 __all__ = ["Answer", "answer", "answer_about"]
 
@@ -35,8 +37,20 @@ class Answer:
         return recipe.tree(self.question, self.plans[0])
 
     def write(self, path: Path, language: str) -> None:
-        """The recipe of the best plan. UserError where a recipe cannot be made of it."""
+        """The recipe of the best plan. UserError where a recipe cannot be made of it, or would not fit in memory."""
+        if not self.plans[0].fits:
+            raise UserError(self._too_large())
         store.write_text(path, recipe.text(self.question, self.plans[0], language, f"runs/{path.stem}"))
+
+    def _too_large(self) -> Problem:
+        """Nothing fits: what takes the least, and what there is."""
+        least = min(self.plans, key=lambda plan: plan.memory)
+        free = human_bytes(self.question.situation.fleet.device.memory)
+        what = (
+            f"no plan fits in {free} with some of it left free; {least.method} takes the least,"
+            f" {human_bytes(least.memory)}"
+        )
+        return Problem("memory", what, "use a smaller model or shorter rows, or free more memory")
 
 
 def answer(file: str, pairs: Iterable[str]) -> Answer:

@@ -11,7 +11,7 @@ from typing import Any
 from tunewright.advise.configs import table
 from tunewright.core import machine
 from tunewright.core.errors import HardwareError, Problem, nearest
-from tunewright.core.units import human_bytes, parse_bytes
+from tunewright.core.units import human_bytes, own_bytes, parse_bytes
 
 _GB, _BILLION = 1 << 30, 1e9
 _FLEET = re.compile(r"\s*(?:(\d{1,6})\s*[x×*]\s*)?(\S.*?)\s*")
@@ -172,5 +172,5 @@ def instruction_sets() -> list[str]:
 
 
 def free_memory() -> int:
-    """Bytes that a new process can take: what is free, within its container's and its own limits."""
-    return min(machine.available_memory(), machine.own_limit())
+    """Bytes that a process can take in this one's place: what is free or its own, within its container's and its own limits."""
+    return min(machine.available_memory() + own_bytes(), machine.own_limit())

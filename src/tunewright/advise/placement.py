@@ -10,6 +10,8 @@ from tunewright.advise.shape import Shape
 
 HEADROOM = 0.1
 """Share of a device's memory that a plan leaves free: allocators lose some, and formulas are not exact."""
+MEASURED_HEADROOM = 0.05
+"""The same where the peak was measured here."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from tunewright.advise import reasons, trained
 from tunewright.advise.memory import Choice, Parts, estimate
 from tunewright.advise.past import Measured
-from tunewright.advise.placement import HEADROOM, Placement, fits, simplest
+from tunewright.advise.placement import MEASURED_HEADROOM, Placement, fits, simplest
 from tunewright.advise.rules import Rule, holding
 from tunewright.advise.situation import Situation
 from tunewright.advise.speed import pace
@@ -229,7 +229,9 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
             rate = own.tokens_per_second
             hours = situation.data.tokens * plan.epochs / rate / 3600
             plan = replace(plan, tokens_per_second=rate, hours=hours, measured=own)
-            plan = replace(plan, fits=own.peak_memory <= (1 - HEADROOM) * situation.fleet.device.memory)
+            plan = replace(
+                plan, fits=own.peak_memory <= (1 - MEASURED_HEADROOM) * situation.fleet.device.memory
+            )
     if situation.deadline and plan.hours * 3600 > situation.deadline:
         score += _LATE
         told.append(reasons.late(plan.hours, situation.deadline))

@@ -42,8 +42,8 @@ def _consequences(situation: Situation, plan: "Plan") -> Iterator[Words]:
     need, there = human_bytes(plan.memory), human_bytes(situation.fleet.device.memory)
     if not plan.fits:
         yield Words(
-            f"It does not fit: {need} on a device of {there}, of which a tenth stays free.",
-            f"放不下：每个设备需要 {need}，而设备只有 {there}（其中十分之一留作余量）。",
+            f"It does not fit: {need} on a device of {there}, some of which stays free.",
+            f"放不下：每个设备需要 {need}，而设备只有 {there}（其中一部分留作余量）。",
         )
     if plan.choice.checkpointing:
         yield Words(

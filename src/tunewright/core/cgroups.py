@@ -15,8 +15,8 @@ PLENTY = 1 << 62
 def memory_room() -> int:
     """Bytes that may still be taken, those of files counted that the system would give up; plenty without a limit."""
     rooms = [
-        *(_room(at, "memory.max", "memory.current", "inactive_file") for at in _groups("")),
-        *(_room(at, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") for at in _groups("memory")),
+        *(_room(at, "memory.max", "memory.current", "") for at in _groups("")),
+        *(_room(at, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_") for at in _groups("memory")),
     ]  # fmt: skip
     return max(0, min(rooms, default=PLENTY))
 
@@ -31,12 +31,13 @@ def cores() -> float:
     return min(found, default=float(PLENTY))
 
 
-def _room(at: Path, limit: str, used: str, idle: str) -> int:
+def _room(at: Path, limit: str, used: str, of_all: str) -> int:
     allowed = _read(at / limit).strip()
     if not allowed.isdecimal():  # no such file, or "max"
         return PLENTY
     files = dict(line.split() for line in _read(at / "memory.stat").splitlines())
-    return int(allowed) - int(_read(at / used) or 0) + int(files.get(idle, 0))
+    idle = sum(int(files.get(f"{of_all}{name}", 0)) for name in ("inactive_file", "active_file"))
+    return int(allowed) - int(_read(at / used) or 0) + idle
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -78,6 +78,11 @@ def resident_bytes() -> int:
     return _status("VmRSS") or _peak_by_usage()
 
 
+def own_bytes() -> int:
+    """Resident memory without pages of files, which the system may take back: what is free again once the process ends."""
+    return _status("RssAnon") or resident_bytes()
+
+
 def reserved_bytes() -> int:
     """Addresses for data that the process holds beyond its resident memory: a limit counts them, too."""
     return max(0, _status("VmData") - resident_bytes())
