@@ -36,13 +36,14 @@ WORDS: dict[str, dict[str, Any]] = {
         "limits": "## Under a memory limit",
         "limits_note": "{count} recipes were drawn at random (`benchmarks/limits.yaml`): model, objective, goal, length and a limit that "
         "a control group sets. Each was written by `tunewright advise --probe --apply` under its limit, and then run under it for "
-        "{steps} steps and a measurement: {ours} of {count} came to their end, among them {fitting_ended} of the {fitting} that it had said "
-        "would fit. The same model, rows, length and steps with TRL 1.16 at "
+        "{steps} steps and a measurement: {ours} of {count} came to their end. For {refused} more that were drawn it said that nothing "
+        "fits; such a recipe is no longer written. The same model, rows, length and steps with TRL 1.16 at "
         "its defaults (LoRA where an adapter was advised, else all weights): {trl} of {count}. What the probe said of memory was off "
-        "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}, with other work beside that came and went.",
+        "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}, with other work beside that came and went, and "
+        "before held-out rows went through as few at a time as are learned.",
         "limits_head": "| model | objective | goal | length | limit | advised | memory, foretold | measured | tokens/s, foretold | measured | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
-        "ended": "ended", "failed": "out of memory", "other": "failed", "again": "recomputed", "too much": "said not to fit",
+        "ended": "ended", "failed": "out of memory", "other": "failed", "again": "recomputed",
     },
     "zh": {
         "choice": "## 选择的质量",
@@ -63,13 +64,13 @@ WORDS: dict[str, dict[str, Any]] = {
         "foreseen_head": "| 模型 | 方法 | 目标 | 精度 | 其他 | 预计 | 实测 | 误差 |\n|---|---|---|---|---|---:|---:|---:|",
         "limits": "## 内存受限时",
         "limits_note": "随机抽取 {count} 份配方（`benchmarks/limits.yaml`）：模型、目标、目的、长度，以及由控制组设定的内存上限。每份都在上限之内由 "
-        "`tunewright advise --probe --apply` 写出，再在同一上限之内运行 {steps} 步并评测：{count} 份中有 {ours} 份运行到底，其中它说放得下的 {fitting} 份中有 "
-        "{fitting_ended} 份。同样的模型、数据、长度和步数，"
+        "`tunewright advise --probe --apply` 写出，再在同一上限之内运行 {steps} 步并评测：{count} 份中有 {ours} 份运行到底。另有 {refused} 份抽中的，"
+        "它说明什么都放不下；现在这样的配方不再写出。同样的模型、数据、长度和步数，"
         "用 TRL 1.16 的默认设置（建议为适配器时用 LoRA，否则全参数）：{count} 份中有 {trl} 份。试运行对内存的预测，误差中位数 {memory}，最大 {worst_memory}；"
-        "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}（其间有其他工作时断时续）。",
+        "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}（其间有其他工作时断时续，留出数据当时还没有按训练时的小批送入）。",
         "limits_head": "| 模型 | 目标 | 目的 | 长度 | 上限 | 建议 | 内存预测 | 实测 | 词元/秒预测 | 实测 | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
-        "ended": "完成", "failed": "内存不足", "other": "失败", "again": "重算激活值", "too much": "称放不下",
+        "ended": "完成", "failed": "内存不足", "other": "失败", "again": "重算激活值",
     },
 }  # fmt: skip
 
@@ -120,10 +121,7 @@ def limits(language: str) -> list[str]:
     words, found = WORDS[language], _read("limits")
     rows, ended = found["rows"], [row["ours"] for row in found["rows"] if row["ours"]["finished"]]
     told: Tree = {"count": len(rows), "steps": found["steps"], "ours": len(ended)}
-    told |= {
-        "fitting": sum(row["ours"].get("fits", False) for row in rows),
-        "fitting_ended": sum(one["fits"] for one in ended),
-    }
+    told["refused"] = len(found["refused"])
     told["trl"] = sum(row["trl"]["finished"] for row in rows)
     for name, key in (("memory", "memory"), ("speed", "tokens_per_second")):
         errors = sorted(abs(one["foretold"][key] / one["measured"][key] - 1) for one in ended)
@@ -145,7 +143,6 @@ def _limited(row: Tree, words: Tree) -> list[str]:
     chosen = [own.get("choice", words["other"]), dials.get("precision", "")]
     chosen += [f"{dials['micro_tokens']:,}"] if dials else []
     chosen += [words["again"]] if dials.get("gradient_checkpointing") else []
-    chosen += [] if own.get("fits") else [words["too much"]]
     return [
         case["model"], case["objective"], case["goal"], str(case["length"]), f"{case['limit']:,} MB",
         ", ".join(filter(None, chosen)), *figures, words[row["trl"]["ended"]],

@@ -2,7 +2,8 @@
 
 Each trial is an ordinary run at the dials that advice writes for its method, and as many steps as all others. First what
 advice chooses, then every method that it can choose at its rate, then the best at other rates, then all other methods.
-It goes on where it was stopped; what there is so far is kept in choice.json after each round, which docs/advice.md shows.
+It goes on where it was stopped; what there is so far is kept in choice.json after each round, which docs/advice.md shows, and
+is not tried again while task, data and dials are the same.
 """
 
 import argparse
@@ -70,10 +71,18 @@ class Task:
         dials = [spec, question.situation.data.sha256, self.best.batch, choice.length, choice.objective]
         return FOLDER / f"{self.name}-{store.sha256_json(dials)[:8]}"
 
+    @cached_property
+    def kept(self) -> Tree:
+        """The row of choice.json, if it is of the same question; else nothing."""
+        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        return next((row for row in rows if row["question"] == self.folder.name), {})
+
     @property
     def own(self) -> Trial:
         """What ``advise --probe`` puts first: the rate is that of a range test, kept beside the trials."""
         path = self.folder / "rate.json"
+        if not path.exists() and self.kept:
+            store.write_record(path, {"factor": _rate(self.kept["advised"]) / _rate(self.kept["computed"])})
         if not path.exists():
             asked = replace(
                 self.best, hours=self.spec["steps"] * self.best.batch / self.best.tokens_per_second / 3600
@@ -108,30 +117,45 @@ class Task:
 
     def run(self, trial: Trial) -> None:
         """Unless it is there; one that fails is left out of the table, with its reason told."""
+        if self.found(trial):
+            return
         plan = trials.Plan(self.folder, 0.0, {})
         trials.run_all(plan, [trial], {}, lambda told: print(f"{self.name} {told}", flush=True))
 
     def found(self, trial: Trial) -> Tree | None:
-        """What came of a finished trial."""
-        return self._found(trials.place(self.folder, trial))
+        """What came of a finished trial, now or earlier."""
+        stage = trial.variant.recipe.stages[0]
+        name = _name(stage.method, stage.train.model_dump())
+        earlier = (one for one in self.kept.get("ranked", ()) if one["name"] == name)
+        return self._found(trials.place(self.folder, trial)) or next(earlier, None)
 
     def tried(self) -> list[Tree]:
         """All that was ever tried, also at rates that advice had before its rules were changed; the best first."""
-        found = (self._found(at) for at in sorted(self.folder.glob("trials/*")))
-        return sorted((one for one in found if one), key=lambda one: one["loss"])
+        found = {one["name"]: one for one in self.kept.get("ranked", ())}
+        now = (self._found(at) for at in sorted(self.folder.glob("trials/*")))
+        found |= {one["name"]: one for one in now if one}
+        return sorted(found.values(), key=lambda one: one["loss"])
 
     def _found(self, at: Path) -> Tree | None:
         if not trials.is_finished(at):
             return None
         stage = store.read_record(at / "results.json")["stages"][0]
         after, method = stage["after"], stage["method"]
-        train, dials = stage["train_config"], [method["name"]]
-        dials += [f"rank {method['rank']}"] if "rank" in method else []
-        dials += [f"{key} {train[key]:g}" for key in _ASKED if train[key] != getattr(TrainConfig(), key)]
         return {
-            "name": ", ".join([*dials, f"lr {train['lr']:g}"]), "method": method["name"],
-            "loss": after["loss"],
+            "name": _name(method, stage["train_config"]), "method": method["name"], "loss": after["loss"],
         }  # fmt: skip
+
+
+def _name(method: Tree, train: Tree) -> str:
+    """As the table has it."""
+    dials = [method["name"], *([f"rank {method['rank']}"] if "rank" in method else [])]
+    dials += [f"{key} {train[key]:g}" for key in _ASKED if train[key] != getattr(TrainConfig(), key)]
+    return ", ".join([*dials, f"lr {train['lr']:g}"])
+
+
+def _rate(one: Tree) -> float:
+    """Of a trial by its name."""
+    return float(one["name"].rpartition(" ")[2])
 
 
 def planned(task: Task) -> list[str]:
@@ -163,7 +187,7 @@ def row(task: Task) -> Tree | None:
     first = [one for method in [*planned(task), *others()] if (one := task.found(task.trial(method)))]
     losses, best = [one["loss"] for one in first], every[0]["loss"]
     return {
-        "task": task.name, "group": task.group, "title": task.spec["title"], "steps": task.spec["steps"],
+        "task": task.name, "question": task.folder.name, "group": task.group, "title": task.spec["title"], "steps": task.spec["steps"],
         "tokens_per_batch": task.best.batch, "objective": task.best.choice.objective,
         "advised": own, "regret": own["loss"] / best - 1, "computed": dry, "regret_computed": dry["loss"] / best - 1,
         "median": median(losses), "worst": max(losses), "methods": len({one["method"] for one in every}),

@@ -1,6 +1,6 @@
 """Runs under a memory limit: ``python -m benchmarks.limits`` draws recipes at random, has each written by ``advise --probe
 --apply`` and run under a limit that the system sets, and tries the same with TRL at its defaults. It goes on where it was
-stopped.
+stopped, also from what limits.json has.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks import advice, launch, models, rows
-from tunewright.core import cgroups
+from tunewright.core import cgroups, machine
 
 Tree = dict[str, Any]
 HERE = Path(__file__).parent
@@ -30,6 +30,7 @@ _MB = 1_000_000
 _LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
 _TOLD = 600
 _NO_MEMORY = ("exit status -9", "allocate memory", "MemoryError", "out of memory")
+_REFUSED = "no plan fits"
 _FIGURES = ("memory", "tokens_per_second")
 _DIALS = ("precision", "micro_tokens", "gradient_checkpointing", "lr")
 
@@ -38,47 +39,70 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not in the log yet, then tell all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
+    parser.add_argument("--told", action="store_true", help="Run nothing, tell what there is.")
     given = parser.parse_args(arguments)
     spec = yaml.safe_load((HERE / "limits.yaml").read_text())
-    known = {json.dumps(row["case"]): row for row in rows.read(LOG)} if LOG.exists() else {}
+    known = {json.dumps(row["case"]): row for row in [*_kept(), *(rows.read(LOG) if LOG.exists() else ())]}
     LOG.parent.mkdir(parents=True, exist_ok=True)
-    cases = drawn(spec)
-    for case in cases:
+    found = list[Tree]()
+    for case in drawn(spec):
+        if sum("refused" not in row["ours"] for row in found) == spec["cases"]:
+            break
         row = known.setdefault(json.dumps(case), {"case": case})
+        if given.told and "ours" not in row:
+            break
         files = _files(case, spec["rows"], spec["models"], given.fixtures)
         if "ours" not in row:
+            row["processor"] = machine.processor()
             row["ours"] = _ours(case, files, spec["steps"])
-        if "trl" not in row:
+        found.append(row)
+        if "trl" not in row and "refused" not in row["ours"]:
             row["trl"] = _trl(case, row["ours"], files, spec["steps"])
         rows.write(LOG, list(known.values()))
         print(_line(row), flush=True)
-    write([known[json.dumps(case)] for case in cases], spec["steps"])
+        write(found, spec["steps"])
+    for system in ("ours", "trl"):
+        ends = [row[system]["finished"] for row in found if system in row and "refused" not in row["ours"]]
+        print(f"{system}: {sum(ends)} of {len(ends)} ran to their end")
 
 
-def drawn(spec: Tree) -> list[Tree]:
-    """The cases, by a seed."""
+def drawn(spec: Tree) -> Iterator[Tree]:
+    """Cases by a seed, each once, without end: those are counted for which a recipe is written."""
     draw, found = random.Random(0), list[Tree]()
-    while len(found) < spec["cases"]:
+    while True:
         model = draw.choice(sorted(spec["limits"]))
         case = {
             "model": model, "objective": draw.choice(spec["objectives"]), "goal": draw.choice(spec["goals"]),
             "length": draw.choice(spec["lengths"]), "limit": draw.choice(spec["limits"][model]),
         }  # fmt: skip
-        found += [case] if case not in found else []
-    return found
+        if case not in found:
+            found.append(case)
+            yield case
 
 
 def write(found: Sequence[Tree], steps: int) -> None:
-    """Keep what docs/advice.md shows, and count."""
-    kept = [{"case": row["case"], "ours": row["ours"], "trl": _briefly(row["trl"])} for row in found]
+    """Keep what docs/advice.md shows."""
+    written = [row for row in found if "refused" not in row["ours"]]
+    kept = [{**row, "trl": _briefly(row["trl"])} for row in written]
     lines = ",\n".join(map(json.dumps, kept))
-    RESULTS.write_text(f'{{"steps": {steps}, "rows": [\n{lines}\n]}}\n')
-    for system in ("ours", "trl"):
-        print(f"{system}: {sum(row[system]['finished'] for row in kept)} of {len(kept)} ran to their end")
+    refused = json.dumps(
+        [{"case": row["case"], "processor": row["processor"]} for row in found if row not in written]
+    )
+    RESULTS.write_text(f'{{"steps": {steps}, "refused": {refused}, "rows": [\n{lines}\n]}}\n')
+
+
+def _kept() -> Iterator[Tree]:
+    """What limits.json has; what does not say on which processor it ran is run again."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"refused": [], "rows": []}
+    nothing = {"ours": {"finished": False, "why": _REFUSED, "refused": True}}
+    every = [*({**row, **nothing} for row in found["refused"]), *found["rows"]]
+    return (row for row in every if "processor" in row)
 
 
 def _briefly(trl: Tree) -> Tree:
     """How TRL's run ended, without all that it said."""
+    if "ended" in trl:
+        return trl
     memory = any(sign in trl.get("why", "") for sign in _NO_MEMORY)
     ended = "ended" if trl["finished"] else "failed" if memory else "other"
     return {key: value for key, value in trl.items() if key != "why"} | {"ended": ended}
@@ -87,7 +111,9 @@ def _briefly(trl: Tree) -> Tree:
 def _line(row: Tree) -> str:
     told = " ".join(str(value) for value in row["case"].values() if value)
     ends = (
-        f"{of}: {'finished' if row[of]['finished'] else row[of]['why'][-160:]!r}" for of in ("ours", "trl")
+        f"{of}: {'finished' if row[of]['finished'] else row[of].get('why', '')[-160:]!r}"
+        for of in ("ours", "trl")
+        if of in row
     )
     return f"{told}: {row['ours'].get('choice', '')}; {'; '.join(ends)}"
 
@@ -128,9 +154,9 @@ def _ours(case: Tree, files: Tree, steps: int) -> Tree:
     asked += [f"goal={case['goal']}"] if case["goal"] else []
     told, why = _command(case, ["advise", *asked, "--probe", "--apply", str(recipe), "--json"])
     if why:
-        return {"finished": False, "why": why}
+        return {"finished": False, "why": why} | ({"refused": True} if _REFUSED in why else {})
     best = json.loads(told)["plans"][0]
-    found = {"choice": best["method"]["name"], "fits": best["fits"], "foretold": {name: best[name] for name in _FIGURES},
+    found = {"choice": best["method"]["name"], "foretold": {name: best[name] for name in _FIGURES},
              "dials": {name: best[name] for name in _DIALS}}  # fmt: skip
     told, why = _command(case, ["run", str(recipe), f"output={output}", f"train.max_steps={steps}", "--json"])
     if why:

@@ -11,10 +11,10 @@ from tunewright.runs import Run
 RECIPE: dict[str, Any] = {
     "model": "builtin:pico",
     "data": {"train": "builtin:demo-train", "valid": "builtin:demo-valid"},
-    "method": {"name": "auto", "tries": 1, "rates": False},
+    "method": {"name": "auto", "tries": 1, "rates": False, "deadline": "42s"},
     "precision": "bf16",
-    "train": {"epochs": 3, "tokens_per_batch": 2048, "micro_tokens": 2048},
-    "evaluate": {"max_new_tokens": 32},
+    "train": {"tokens_per_batch": 2048, "micro_tokens": 2048},
+    "evaluate": {"max_new_tokens": 16},
 }
 
 

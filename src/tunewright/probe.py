@@ -17,7 +17,7 @@ from tunewright.advise import Answer
 from tunewright.advise.memory import ON_POLICY
 from tunewright.advise.past import Measured
 from tunewright.advise.placement import HEADROOM, MEASURED_HEADROOM
-from tunewright.advise.plan import Plan
+from tunewright.advise.plan import Plan, in_time
 from tunewright.advise.question import Question
 from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
 from tunewright.children import Begun
@@ -30,7 +30,7 @@ Tell = Callable[[str], None]
 TRIES = 3
 """Plans."""
 _STEPS = 10
-_PATIENCE = 20.0
+_PATIENCE = 5.0
 """Seconds after which fewer steps are enough."""
 _COLD = 3
 """Steps that also warm up."""
@@ -70,7 +70,7 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
             if now.fits
         ]
         factor = geometric_mean(ratios) if ratios else 1.0
-        others = [_faster(plan, factor) for plan in answer.plans if plan not in first]
+        others = [in_time(situation, _faster(plan, factor)) for plan in answer.plans if plan not in first]
         best, *rest = sorted([*tried, *others], key=lambda plan: not plan.fits)
         if best in tried and best.fits:
             best = bench.settled(best)
@@ -217,11 +217,11 @@ class _Bench:
         done = Measured("", plan.method, float("nan"), None, rate, peak, True, len(steps))
         memory = self.question.situation.fleet.device.memory
         now = _with(plan, micro_tokens=_at_a_time(begun))
-        return replace(
+        return in_time(self.question.situation, replace(
             now, measured=done, tokens_per_second=rate, hours=train["steps"] * each / 3600,
             fits=peak <= (1 - MEASURED_HEADROOM) * memory,
             tuned=(MICRO,) if self.question.leaves_open(MICRO) else (),
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _at_a_time(begun: Begun) -> int:

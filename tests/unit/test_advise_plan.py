@@ -9,7 +9,7 @@ import pytest
 from tunewright.advise import configs, facts, hardware, past, reasons
 from tunewright.advise.facts import Facts
 from tunewright.advise.past import Measured
-from tunewright.advise.plan import Plan, plans
+from tunewright.advise.plan import Plan, in_time, plans
 from tunewright.advise.rules import CONDITIONS, holding, rules
 from tunewright.advise.situation import GOALS, Situation
 from tunewright.advise.trained import FAMILIES
@@ -91,10 +91,25 @@ def test_few_rows_are_for_few_parameters() -> None:
 
 
 def test_a_deadline_counts_against_what_is_late() -> None:
-    late = plans(situation("llama-2-7b", "8xH100", deadline=60.0))
-    assert any("more than the 1m00s" in words.en for words in late[0].reasons)
+    asked = situation("llama-2-7b", "8xH100", deadline=2.0)
+    late = plans(asked)
+    assert any("more than the 2.0s" in words.en for words in reasons.of(asked, late[0]))
     full = next(plan for plan in late if plan.method == "full")
     assert full.score < next(p for p in plans(situation(devices="8xH100")) if p.method == "full").score
+
+
+def test_a_deadline_is_met_by_fewer_passes_and_one_at_least() -> None:
+    free = plans(situation())[0]
+    whole = free.hours * 3600
+    for deadline, epochs in ((1.1 * whole, free.epochs), (0.5 * whole, free.epochs / 2), (0.01 * whole, 1.0)):
+        asked = situation(deadline=deadline)
+        plan = next(plan for plan in plans(asked) if plan.method == free.method)
+        assert plan.epochs == pytest.approx(epochs, abs=0.01)
+        assert plan.hours / plan.epochs == pytest.approx(free.hours / free.epochs)
+        told = any("to end within" in words.en for words in reasons.of(asked, plan))
+        assert told is (1 < plan.epochs < free.epochs)
+    measured = in_time(situation(deadline=0.5 * whole), replace(plan, hours=plan.hours / 4))
+    assert measured.epochs == free.epochs
 
 
 def test_a_device_without_bf16_holds_fp32() -> None:

@@ -51,6 +51,9 @@ class Plan:
     batch: int
     """Tokens of an optimizer step."""
     epochs: float
+    """Passes over the data."""
+    wanted: float
+    """Passes that would be made without a deadline."""
     lr: float
     score: int = 0
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -130,7 +133,7 @@ def _plan(situation: Situation, method: str, objective: str, rules: list[Rule] |
     return Plan(
         choice, placement, parts, fits(parts, fleet.device.memory), rate, data.tokens * epochs / rate / 3600,
         trained.count(method, shape, options), trained.saved_bytes(method, shape, options, choice.precision),
-        batch, epochs, _lr(situation, choice, rules),
+        batch, epochs, epochs, _lr(situation, choice, rules),
     )  # fmt: skip
 
 
@@ -232,11 +235,20 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
             plan = replace(
                 plan, fits=own.peak_memory <= (1 - MEASURED_HEADROOM) * situation.fleet.device.memory
             )
+    plan = in_time(situation, plan)
     if situation.deadline and plan.hours * 3600 > situation.deadline:
         score += _LATE
-        told.append(reasons.late(plan.hours, situation.deadline))
     train = {key: value for rule in said for key, value in rule.train.items()}
     return replace(plan, score=score, reasons=tuple(told), train=train)
+
+
+def in_time(situation: Situation, plan: Plan) -> Plan:
+    """With as many passes over the data as end by the deadline: one at least, and no more than are wanted without one."""
+    given, per_pass = situation.given, plan.hours * 3600 / plan.epochs
+    if not situation.deadline or given.epochs or given.steps:
+        return plan
+    epochs = min(plan.wanted, max(1.0, math.floor(100 * situation.deadline / per_pass) / 100))
+    return replace(plan, epochs=epochs, hours=epochs * per_pass / 3600)
 
 
 def _always(rule: Rule) -> bool:

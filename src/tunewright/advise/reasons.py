@@ -29,14 +29,6 @@ def as_measured(own: Measured) -> Words:
     )
 
 
-def late(hours: float, deadline: float) -> Words:
-    """That it does not end in time; the deadline is in seconds."""
-    took, given = human_seconds(hours * 3600), human_seconds(deadline)
-    return Words(
-        f"It takes {took}, more than the {given} that there are.", f"需要 {took}，超过给定的 {given}。"
-    )
-
-
 def _consequences(situation: Situation, plan: "Plan") -> Iterator[Words]:
     """What the numbers themselves say."""
     need, there = human_bytes(plan.memory), human_bytes(situation.fleet.device.memory)
@@ -45,6 +37,8 @@ def _consequences(situation: Situation, plan: "Plan") -> Iterator[Words]:
             f"It does not fit: {need} on a device of {there}, some of which stays free.",
             f"放不下：每个设备需要 {need}，而设备只有 {there}（其中一部分留作余量）。",
         )
+    if situation.deadline:
+        yield from _deadline(situation, plan)
     if plan.choice.checkpointing:
         yield Words(
             "Activations are recomputed in the backward pass, else they would not fit.",
@@ -62,6 +56,19 @@ def _consequences(situation: Situation, plan: "Plan") -> Iterator[Words]:
         yield Words(
             f"{human_count(plan.choice.answers)} answers are drawn at a time.",
             f"每次同时生成 {human_count(plan.choice.answers)} 个回答。",
+        )
+
+
+def _deadline(situation: Situation, plan: "Plan") -> Iterator[Words]:
+    took, given = human_seconds(plan.hours * 3600), human_seconds(situation.deadline)
+    if plan.hours * 3600 > situation.deadline:
+        yield Words(
+            f"It takes {took}, more than the {given} that there are.", f"需要 {took}，超过给定的 {given}。"
+        )
+    elif plan.epochs < plan.wanted:
+        yield Words(
+            f"The data is passed {plan.epochs:g} times and not {plan.wanted:g}, to end within {given}.",
+            f"为了在 {given} 内结束，数据只过 {plan.epochs:g} 遍，而不是 {plan.wanted:g} 遍。",
         )
 
 
