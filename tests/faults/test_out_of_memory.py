@@ -127,7 +127,7 @@ def test_a_resumed_run_keeps_the_size_that_fitted(lab: Lab, tally):
 @pytest.mark.row(10)
 def test_evaluation_fits_because_it_was_tried_before_training(lab: Lab, tally):
     events: list[Event] = []
-    trainer = lab.trainer("eval", events.append, method="full", train={**SIZES, "micro_tokens": 24})
+    trainer = lab.trainer("eval", events.append, method="full", train=SIZES)
     lengths = [len(sample["input_ids"]) for sample in trainer.valid]
     Limit(trainer, max(lengths))
     trainer.run()

@@ -245,7 +245,7 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
 def in_time(situation: Situation, plan: Plan) -> Plan:
     """With as many passes over the data as end by the deadline: one at least, and no more than are wanted without one."""
     given, per_pass = situation.given, plan.hours * 3600 / plan.epochs
-    if not situation.deadline or given.epochs or given.steps:
+    if not situation.deadline or given.epochs or given.steps or not per_pass:
         return plan
     epochs = min(plan.wanted, max(1.0, math.floor(100 * situation.deadline / per_pass) / 100))
     return replace(plan, epochs=epochs, hours=epochs * per_pass / 3600)

@@ -67,7 +67,7 @@ def _deadline(situation: Situation, plan: "Plan") -> Iterator[Words]:
         )
     elif plan.epochs < plan.wanted:
         yield Words(
-            f"The data is passed {plan.epochs:g} times and not {plan.wanted:g}, to end within {given}.",
+            f"Of {plan.wanted:g} passes over the data {plan.epochs:g} are made, to end within {given}.",
             f"为了在 {given} 内结束，数据只过 {plan.epochs:g} 遍，而不是 {plan.wanted:g} 遍。",
         )
 

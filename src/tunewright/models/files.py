@@ -75,7 +75,7 @@ def _object(path: Path, raw: bytes) -> dict[str, Any]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """While a file is parsed nothing becomes garbage, and to look for some takes ten times as long as parsing."""
+    """While a file is parsed or a model is made nothing becomes garbage; to look for some takes longer than either."""
     on = gc.isenabled()
     gc.disable()
     try:

@@ -229,7 +229,7 @@ def outline(source: ModelSource, dtype: torch.dtype = torch.bfloat16) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=code)
         _check_kind(source, config)
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), no_init_weights(), files.no_collection():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
         model.tie_weights()  # else done as weights are initialised
     except ModelError:
