@@ -1,6 +1,10 @@
 """How fast a real model learns real text, on all cores."""
 
 import tunewright as tw
+from tunewright.models import wide
+
+SLOWER = 1.0 if wide.why_not() else 1.5
+"""As in test_readme.py."""
 
 
 def test_stories260k_learns_shakespeare_in_a_minute(shared_fixtures, tmp_path):
@@ -17,5 +21,5 @@ def test_stories260k_learns_shakespeare_in_a_minute(shared_fixtures, tmp_path):
         quiet=True,
     )
     stage = run.results["stages"][0]
-    assert stage["train"]["seconds"] < 60
+    assert stage["train"]["seconds"] < SLOWER * 60
     assert stage["after"]["loss"] <= 0.85 * stage["before"]["loss"]
