@@ -19,7 +19,7 @@ from torch import Tensor
 _MOST = 4 << 20
 """Numbers that are wide at a time, of each operand and of the result."""
 _FEW = 8
-"""Rows of fewer products with a weight as it lies in memory, at which PyTorch's loops are faster than widening it."""
+"""With fewer rows by a weight as it lies in memory PyTorch's loops are faster than widening it."""
 _BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 Kernel = Callable[..., Any]
 _library: list[torch.library.Library] = []
