@@ -49,11 +49,11 @@ def first_steps(
     """Run a recipe, its YAML, until it has made ``count`` steps, or a few in ``patience`` seconds, and end it. ``output`` is the
     run folder that it names.
 
-    It begins as the whole run would, with all techniques that pay in that one. ``memory`` bytes are what it can get
-    of the system (RLIMIT_DATA), if they are given.
+    It begins as the whole run would, with all techniques that pay in that one, but foresees nothing: what it takes is
+    measured. ``memory`` bytes are what it can get of the system (RLIMIT_DATA), if they are given.
     """
     log = output / "events.jsonl"
-    with _started(recipe, folder, name) as child:
+    with _started(recipe, folder, name, "--no-foresight") as child:
         if memory:
             resource.prlimit(child.pid, resource.RLIMIT_DATA, (memory, memory))
         try:

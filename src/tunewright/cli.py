@@ -86,6 +86,9 @@ def run(
     ] = "",
     only: Annotated[str, typer.Option(help="Only this stage.")] = "",
     plan: Annotated[bool, typer.Option("--plan", help="Tell what would run, and why; run nothing.")] = False,
+    foresight: Annotated[
+        bool, typer.Option("--foresight/--no-foresight", help="Warn of too little memory before training.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Run a recipe; running it again resumes it. Dials: train.lr=1e-4 data.train=my.jsonl output=runs/x."""
@@ -101,7 +104,9 @@ def run(
         told = [{"stage": task.name, "action": task.action, "why": task.why} for task in tasks]
         _say({"status": "planned", "stages": told}) if as_json else typer.echo("\n".join(agenda.lines(tasks)))
         return
-    finished = pipeline.run(loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift, wish=wish)
+    finished = pipeline.run(
+        loaded, quiet=as_json, fresh=fresh, allow_drift=allow_drift, wish=wish, foresees=foresight
+    )
     if as_json:
         _say({"run": str(finished.folder), "status": "finished", "results": finished.results})
     else:

@@ -84,8 +84,10 @@ def run(
     fresh: bool = False,
     allow_drift: bool = False,
     wish: agenda.Wish = NO_WISH,
+    foresees: bool = True,
 ) -> Run:
-    """Everything the recipe says; running it again reuses what is finished and resumes what is not.
+    """Everything the recipe says; running it again reuses what is finished and resumes what is not. If it ``foresees``, it
+    warns before a stage for which there is too little memory.
 
     Raises UserError with all problems before any compute; the run folder is untouched then. A signal ends the
     run with InterruptedRunError, a full disk with StorageError: what was finished stays.
@@ -106,7 +108,7 @@ def run(
         try:
             for finding in found:
                 log.emit("damaged", what=f"{folder / finding.path}: {finding.what}")
-            return _Runner(recipe, folder, log, drift, preemption).run(tasks)
+            return _Runner(recipe, folder, log, drift, preemption, foresees).run(tasks)
         finally:
             log.close()
 
@@ -131,9 +133,10 @@ class _Runner:
         log: events.EventLog,
         drift: drifts.Drift,
         preemption: guard.Preemption,
+        foresees: bool,
     ) -> None:
         self.recipe, self.folder, self.log, self.drift = recipe, folder, log, drift
-        self.preemption = preemption
+        self.preemption, self.foresees = preemption, foresees
         self.results: dict[str, Tree] = {}
 
     def run(self, tasks: list[agenda.Task]) -> Run:
@@ -175,7 +178,7 @@ class _Runner:
             differences = []
         if isinstance(work, Job) and task.is_work and (advised := work.stage.advised):
             self.log.emit("advised", **advised.model_dump(mode="json"))
-        if isinstance(work, Job) and task.is_work and (short := shortage.of(work)):
+        if self.foresees and isinstance(work, Job) and task.is_work and (short := shortage.of(work)):
             change = [f"{key}={str(value).lower()}" for key, value in short.change.items()]
             self.log.emit("shortage", need=short.need, free=short.free, change=change)
         if differences:

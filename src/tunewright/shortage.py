@@ -44,7 +44,8 @@ def of(job: Job) -> Shortage | None:
     if need is None or need <= free:
         return None
     surely = _SURELY * free
-    fitting = (change for change, other in _changes(job) if (_need(other) or free) <= surely)
+    others = ((change, other) for change, other in _changes(job) if other.stage != job.stage)
+    fitting = (change for change, other in others if (_need(other) or free) <= surely)
     return Shortage(job.name, need, free, next(fitting, {}))
 
 
@@ -70,7 +71,7 @@ def _bound(job: Job) -> float:
         2 * weights
         + trained
         + stacked * kept
-        + stage.train.tokens_per_batch * vocabulary * _LOGIT
+        + max(tokens, stage.train.held_out_tokens) * vocabulary * _LOGIT
         + (1 << 29)
     )
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -331,6 +332,24 @@ WAYS = [
     {"init": "loftq"},
     {"init": "loftq", "loftq_iterations": 2, "rslora": True},
 ]
+
+
+def test_to_put_an_adapter_on_it_no_weight_is_made_whole(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def injected() -> Any:
+        torch.manual_seed(3)
+        return qlora().apply(make_model())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_layers, "unread", nullcontext)
+        plain = injected().state_dict()
+    made = list[tuple[Any, ...]]()
+    monkeypatch.setattr(quantized_layers, "dequantize", lambda *args: made.append(args))
+    own = injected().state_dict()
+    assert not made
+    assert own.keys() == plain.keys()
+    assert all(torch.equal(own[name], plain[name]) for name in own)
 
 
 @pytest.mark.parametrize("trained", WAYS, indirect=True, ids=str)

@@ -71,6 +71,16 @@ def test_the_cheapest_change_that_fits_is_named(job, scarce, monkeypatch, helps,
     assert found and (found.need, found.free, found.change) == (3 * FREE, FREE, change)
 
 
+def test_what_the_recipe_has_already_is_not_foreseen_again(tree, scarce, monkeypatch):
+    tree["train"] |= {"gradient_checkpointing": True, "micro_tokens": 256}
+    tree["method"] = "lora"
+    seen = list[Any]()
+    foretold(monkeypatch, lambda stage: seen.append(stage) or 3 * FREE)
+    found = shortage.of(jobs.check(recipes.load(tree))[0])
+    assert found and not found.change
+    assert len(seen) == 1
+
+
 def test_what_cannot_be_foreseen_is_no_shortage(job, scarce, monkeypatch):
     def fail(job: Job) -> None:
         raise RuntimeError("no shapes")
@@ -86,3 +96,9 @@ def test_a_run_tells_it_first(tree, scarce, monkeypatch):
     (short,) = [event for event in told if event["kind"] == "shortage"]
     assert short["change"] == ["train.gradient_checkpointing=true"]
     assert told.index(short) < [event["kind"] for event in told].index("train")
+
+
+def test_a_run_that_is_to_begin_at_once_foresees_nothing(tree, scarce, monkeypatch):
+    monkeypatch.setattr(foresight, "foresee", lambda job: pytest.fail("not wanted"))
+    run = pipeline.run(recipes.load(tree), quiet=True, foresees=False)
+    assert "shortage" not in [event["kind"] for event in events.read(run.folder / "events.jsonl")]

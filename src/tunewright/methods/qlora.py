@@ -112,10 +112,11 @@ class Qlora(lora.Lora):
 
     def inject(self, model: Any) -> Any:
         """A PEFT model on quantized layers."""
-        from tunewright.models.quantized_layers import quantize_layers
+        from tunewright.models.quantized_layers import quantize_layers, unread
 
         quantize_layers(model, self.scheme, self._make(self._loftq_ranks(model)))
-        adapted = super().inject(model)
+        with unread():
+            adapted = super().inject(model)
         if self.config.init == "loftq":
             _begin(adapted)
         return adapted
@@ -132,11 +133,12 @@ class Qlora(lora.Lora):
     @classmethod
     def load(cls, base: Any, folder: Path) -> Any:
         """The base quantized as in training, with the adapter on it; ModelError if the two do not fit."""
-        from tunewright.models.quantized_layers import quantize_layers
+        from tunewright.models.quantized_layers import quantize_layers, unread
 
         method = cls(_options(folder))
         quantize_layers(base, method.scheme, method._make(method._loftq_ranks(base)))
-        return super().load(base, folder)
+        with unread():
+            return super().load(base, folder)
 
     @classmethod
     def load_with_base(cls, source: ModelSource, precision: str, folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """Frozen linear layers whose weights are held in 4 or 8 bits and made whole for each product."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,20 @@ from tunewright.models.quantized import Make, Scheme, Tensors, candidates, dequa
 
 BEGIN = ("lora_A", "lora_B")
 """What may be held besides a weight: the factors that an adapter of the layer begins with."""
+_unread: list[bool] = []
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Within, a layer's ``weight`` has its shape, dtype and device but no values: to ask for these makes nothing whole.
+
+    For PEFT, which looks at the weight of a layer some twenty times to put an adapter on it.
+    """
+    _unread.append(True)
+    try:
+        yield
+    finally:
+        _unread.pop()
 
 
 class _Product(torch.autograd.Function):
@@ -60,6 +75,8 @@ class _Layer(nn.Module):
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The weight [outputs, inputs] that the codes stand for."""
+        if _unread:
+            return self.like.new_empty(1, dtype=dtype).expand(self.outputs, self.inputs)
         return dequantize(self.tensors, self.scheme, self.outputs, self.inputs, dtype)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
