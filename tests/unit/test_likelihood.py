@@ -58,11 +58,15 @@ def test_what_listens_hears_of_the_rows_that_go_through(make_model: Any) -> None
     assert seen == [(3, 3), (3, 3)]
 
 
+@pytest.mark.parametrize(
+    ("most", "numbers"),
+    [("_AT_ONCE", lambda vocabulary: 5), ("_LOGITS", lambda vocabulary: 5 * vocabulary + 1)],
+)
 def test_losses_in_parts_are_those_of_all_logits_and_make_few_at_a_time(
-    make_model: Any, monkeypatch: pytest.MonkeyPatch
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, most: str, numbers: Any
 ) -> None:
-    monkeypatch.setattr(likelihood, "_AT_ONCE", 5)
     model, seen = make_model().eval(), []
+    monkeypatch.setattr(likelihood, most, numbers(model.config.vocab_size))
     with torch.no_grad():
         whole = likelihood.plain(model, batch())
         model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[:-1].numel()))

@@ -19,8 +19,8 @@ Losses = Callable[[Any, Batch], Tensor]
 Layout = Callable[[Any, Batch], Batch]
 _FEW = 128
 """Labels that two ways are compared at: logits of whole rows may take more than training does."""
-_AT_ONCE = 128
-"""Rows of logits that are made together where none is kept."""
+_AT_ONCE, _LOGITS = 128, 1 << 23
+"""Rows of logits that are made together where none is kept, and logits in them."""
 _WAY, _LAYOUT, _ENDS = "tunewright_losses", "tunewright_layout", "tunewright_head_ends"
 
 
@@ -115,10 +115,19 @@ def in_parts(model: Any, batch: Batch) -> Tensor:
     if not _ends_with_head(model, batch):
         return plain(model, batch)
     head: Any = anatomy.output_head(model)
-    labels_N = batch["labels"][batch["labels"] != IGNORED]
-    states_ND = hidden_states(model, batch)[batch["labels"] != IGNORED]
-    parts = zip(torch.split(states_ND, _AT_ONCE), torch.split(labels_N, _AT_ONCE), strict=True)
-    return torch.cat([F.cross_entropy(head(x_nD).float(), y_n, reduction="none") for x_nD, y_n in parts])
+    kept_BT = batch["labels"] != IGNORED
+    states_ND, labels_N = hidden_states(model, batch)[kept_BT], batch["labels"][kept_BT]
+    rows = min(_AT_ONCE, max(1, _LOGITS // int(model.config.get_text_config().vocab_size)))
+    parts = zip(torch.split(states_ND, rows), torch.split(labels_N, rows), strict=True)
+    return torch.cat([_cross_entropy(head(x_nD), y_n) for x_nD, y_n in parts])
+
+
+def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """As torch's [N], in fp32; of what it makes on the way nothing but one copy of the logits is there at a time."""
+    own_NV = logits_NV.float()
+    own_NV = own_NV.sub_(own_NV.amax(1, keepdim=True))
+    chosen_N = own_NV.gather(1, labels_N[:, None])[:, 0]
+    return own_NV.exp_().sum(1).log() - chosen_N
 
 
 def thinned(batch: Batch) -> Batch:
