@@ -67,13 +67,7 @@ def _bound(job: Job) -> float:
         8 if any(p.dim() > 2 for p in shape.parameters()) else 1
     )  # experts in one tensor are no linear layers
     trained = _STATE * job.method.at_once(shape)
-    return float(
-        2 * weights
-        + trained
-        + stacked * kept
-        + max(tokens, stage.train.held_out_tokens) * vocabulary * _LOGIT
-        + (1 << 29)
-    )
+    return float(2 * weights + trained + stacked * kept + tokens * vocabulary * _LOGIT + (1 << 29))
 
 
 def _changes(job: Job) -> Iterator[tuple[Change, Job]]:
