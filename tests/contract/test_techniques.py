@@ -128,6 +128,9 @@ REFUSED = {
     "shared_prompts": ("gpt-neo",),
     "lora_linear": ("gpt2",),  # its layers are Conv1D
     "micro_batch": tuple(architectures.ARCHITECTURES),  # the number was given
+    "weight_gradients": tuple(
+        architectures.ARCHITECTURES
+    ),  # they are of bf16; tests/unit/test_weight_gradients.py
     "wide_products": tuple(architectures.ARCHITECTURES),  # fp32 has no bf16 products; tests/unit/test_wide.py
 }
 

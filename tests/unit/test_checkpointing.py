@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tunewright.fast._recomputation import Candidate, Meter, choose, peak
-from tunewright.fast.checkpointing import Checkpointing, again, products_kept
+from tunewright.fast.checkpointing import PRODUCTS, Checkpointing, again
+from tunewright.fast.checkpointing import kept as results_kept
 from tunewright.models import anatomy
 
 
@@ -246,7 +247,7 @@ def test_products_may_be_all_that_is_kept() -> None:
 
     plain, gradient = kept(lambda: block(x)), up.grad
     up.grad = None
-    with products_kept():
+    with results_kept(PRODUCTS):
         products = kept(lambda: again(block, x))
     assert torch.equal(up.grad, gradient)
     nothing = kept(lambda: again(block, x))

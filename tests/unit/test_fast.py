@@ -24,7 +24,7 @@ from tunewright.models.announce import listening
 from tunewright.recipes import load
 
 TECHNIQUES = {"arena", "attention", "checkpointing", "compile", "cross_entropy", "frozen_layers", "lora_linear",
-              "micro_batch", "offload", "packing", "process", "shared_prompts", "wide_products"}  # fmt: skip
+              "micro_batch", "offload", "packing", "process", "shared_prompts", "weight_gradients", "wide_products"}  # fmt: skip
 
 
 @pytest.fixture
@@ -333,7 +333,9 @@ def test_the_list_has_a_line_on_each() -> None:
 # In the loop
 
 LORA = {"name": "lora", "rank": 4}
-MOST = dict.fromkeys(TECHNIQUES - {"compile", "frozen_layers", "micro_batch", "wide_products"}, True)
+MOST = dict.fromkeys(
+    TECHNIQUES - {"compile", "frozen_layers", "micro_batch", "weight_gradients", "wide_products"}, True
+)
 
 
 def test_the_loop_tells_what_is_on_and_why_the_rest_is_off(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _reason(name: str, switches: Switches, work: Work) -> str:
     if chosen is False:
         return "switched off"
     found = technique(name)
-    return found.why_not(work) or ("" if chosen else found.not_worth(work))
+    return ("" if chosen else found.not_worth(work)) or found.why_not(work)
 
 
 @contextmanager

@@ -10,6 +10,7 @@
 // side in 32 bits. Suffixes: _rows is [tokens, D]; _cols is [D, tokens]; _by_d holds pairs of features [D/2, tokens];
 // _by_t holds pairs of tokens [tokens/2, D].
 
+#include "_tiles.h"
 #include "_vectors.h"
 
 #include <algorithm>
@@ -41,25 +42,6 @@ struct Tensor {
 };
 
 // ---- matrix units
-
-struct Tiles {  // the thread's tile configuration while it is in here; the one it had before afterwards
-    alignas(64) unsigned char before[64];
-    Tiles() {
-        _tile_storeconfig(before);
-        alignas(64) unsigned char ours[64] = {1};
-        for (int i = 0; i < 8; ++i) {
-            ours[16 + 2 * i] = 64;  // bytes of a row
-            ours[48 + i] = 16;      // rows
-        }
-        _tile_loadconfig(ours);
-    }
-    ~Tiles() {
-        if (before[0])
-            _tile_loadconfig(before);
-        else
-            _tile_release();
-    }
-};
 
 // C [32 x 32] (+)= A [32 x 32 steps] B
 template <bool ADD>
@@ -102,29 +84,6 @@ inline void product(
 }
 
 // ---- layouts
-
-inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = 0; j < 4; ++j) {
-            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
-            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
-        }
-    for (int j = 0; j < 8; ++j) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-    }
-}
 
 // The first n of `padded` tokens, and zeros after them
 template <int D>

@@ -111,6 +111,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: fl
     return out.transpose(1, 2)
 
 
+def mask(ends: Tensor, tokens: int) -> Tensor:
+    """Whom each token of the row sees [1, 1, M, M]: its own sample's, up to itself; what fills up the row, itself alike."""
+    places = torch.arange(tokens, device=ends.device)
+    sample = torch.bucketize(places, ends[1:].to(places.dtype), right=True)
+    return ((sample[:, None] == sample) & (places[:, None] >= places))[None, None]
+
+
 def dropping(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, dropout: float, scale: float) -> Tensor:
     """The same with dropout of the scores, by PyTorch's kernel, which then keeps them: of each sample alone, where a mask
     would have it keep those of the whole row.

@@ -9,6 +9,7 @@ that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from tunewright.fast import _packed_attention as packed
 
 _NAME = "tunewright_causal"
 _PLAIN = "sdpa"
+_in_one_row: ContextVar[bool] = ContextVar("in_one_row", default=False)
+"""Whether what goes through the model says where samples end: then it needs no mask, whose numbers are the square of
+its tokens.
+"""
 
 
 class Attention(Technique):
@@ -44,10 +49,24 @@ class Attention(Technique):
         _amx_attention.prepare()
         own = base_model(work.model)
         own.set_attn_implementation(_NAME)
+        hooks = [
+            own.register_forward_pre_hook(_begins, with_kwargs=True),
+            own.register_forward_hook(_ends, always_call=True),
+        ]
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             own.set_attn_implementation(_PLAIN)
+
+
+def _begins(_: Any, __: Any, given: dict[str, Any]) -> None:
+    _in_one_row.set(given.get("cu_seq_lens_q") is not None)
+
+
+def _ends(*_: Any) -> None:
+    _in_one_row.set(False)
 
 
 def base_model(model: Any) -> Any:
@@ -61,7 +80,12 @@ def register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(_NAME, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_PLAIN])
+    plain = ALL_MASK_ATTENTION_FUNCTIONS[_PLAIN]
+
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        return None if _in_one_row.get() else plain(*args, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
 
 
 def attention(
@@ -78,8 +102,8 @@ def attention(
     """Transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] -> [B, T, H, D].
 
     Samples that follow one another in one row have their ends in ``cu_seq_lens_q``, and what they share of others in
-    ``prefixes``. What is not plain causal attention in training goes to the plain implementation; its mask keeps such
-    samples apart, too.
+    ``prefixes``. What is not plain causal attention in training goes to the plain implementation, with a mask that keeps
+    such samples apart.
 
     Raises:
         ValueError: samples share tokens, and attention is not plain: no mask of the plain implementation says that.
@@ -98,6 +122,8 @@ def attention(
             return packed.dropping(query, key, value, others["cu_seq_lens_q"], dropout, scale), None
         one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
         return one_row(query, key, value, others["cu_seq_lens_q"], scale), None
+    if others.get("cu_seq_lens_q") is not None and attention_mask is None:
+        attention_mask = packed.mask(others["cu_seq_lens_q"], query.shape[2])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
     learning = torch.is_grad_enabled() and query.requires_grad

@@ -5,7 +5,7 @@ by formula in Korthikanti et al. 2022, arXiv:2205.05198. Here the seconds are me
 choose differently. What is computed again has the very bits of what was not kept: no number depends on it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from tunewright.models import anatomy
 
 _RUNS = 2
 """Times that a block is computed to be measured: the first fills caches and fresh memory, the last counts."""
-_PRODUCTS = (
+PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten.addmm.default,
@@ -203,9 +203,9 @@ def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def products_kept() -> Iterator[None]:
-    """Within, what :func:`again` computes anew is all but matrix products and attention."""
-    before = _contexts.set(partial(create_selective_checkpoint_contexts, list(_PRODUCTS)))
+def kept(operations: Sequence[Any]) -> Iterator[None]:
+    """Within, what :func:`again` computes anew is all but these."""
+    before = _contexts.set(partial(create_selective_checkpoint_contexts, list(operations)))
     try:
         yield
     finally:

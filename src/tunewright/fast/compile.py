@@ -6,17 +6,21 @@ back on runs of many steps.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _native
 from tunewright.fast._lower_blocks import frozen
-from tunewright.fast.checkpointing import again, products_kept
+from tunewright.fast.attention import base_model
+from tunewright.fast.checkpointing import PRODUCTS, again, kept
 from tunewright.models import anatomy, hollow
 
 _COST = 8.0
@@ -28,16 +32,33 @@ runs, computes the same bits.
 _RATE = {"cpu": 1e12, "cuda": 1e14}
 """Floating-point operations a second that a training is taken to reach, to tell how long it will be."""
 
-_LITTLE_KEPT: dict[str, Any] = {"aggressive_recomputation": True}
+
+@dataclass(frozen=True)
+class _Way:
+    """What a block keeps of its pass forwards; the rest is computed again."""
+
+    partition: dict[str, bool]
+    """Settings of torch's partitioner."""
+    kept: tuple[str, ...] = ()
+    """Names of operations of ours whose results are kept besides."""
+
+
+def _operations(names: tuple[str, ...]) -> list[Any]:
+    return [getattr(torch.ops.tunewright, name).default for name in names]
+
+
+_AGAIN = {"aggressive_recomputation": True}
+_LITTLE_KEPT = _Way(_AGAIN)
 """Of a block little but its input is kept: a pass of it more costs less than to write what it makes to memory and to
 read it again.
 """
-_CHEAP_MADE_ANEW: dict[str, Any] = {
-    "ban_recompute_used_far_apart": False,
-    "ban_recompute_materialized_backward": False,
-}
-_LITTLE = 768 << 20
-"""Bytes; where blocks would keep no more than that in all, they keep it."""
+_ATTENTION_KEPT = _Way(_AGAIN, ("amx_attention", "causal_attention", "packed_attention", "shared_attention"))
+"""Of what is left, attention takes longest for the bytes of its result."""
+_PRODUCTS_KEPT = _Way({"ban_recompute_used_far_apart": False, "ban_recompute_materialized_backward": False})
+_TRACED: dict[str, Any] = {"specialize_float": True}
+"""A scale is a constant: taken for an input, it has the block traced a second time once it turns out to be none."""
+_LITTLE, _LITTLE_ATTENTION = 768 << 20, 160 << 20
+"""Bytes; where blocks would keep no more than that in all, they keep it: what products make, or attention."""
 _TOKENS = 4096
 """That go through the model at a time on a CPU, since so little is kept of them."""
 
@@ -74,8 +95,8 @@ class Compile(Technique):
         if work.device.type == "cpu" and not work.portion.given:
             work.portion.take(min(work.portion.whole, _TOKENS))
         found = [block for _, block in anatomy.blocks(work.model)]
-        kept = _CHEAP_MADE_ANEW if _keeps_little(work) else _LITTLE_KEPT
-        ways = [_compiled(block, kept) for block in found]
+        chosen = _chosen(work)
+        ways = [_compiled(block, chosen) for block in found]
         if not frozen(work.model):
             ways[0] = _asking(ways[0])
         for block, way in zip(found, ways, strict=True):
@@ -98,14 +119,18 @@ def _asking(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _keeps_little(work: Work) -> bool:
-    """Whether what the blocks that learn read and write is little, for all tokens that go through at a time."""
+def _chosen(work: Work) -> _Way:
+    """By what the blocks that learn would keep of all tokens that go through at a time."""
     learning = anatomy.blocks(work.model)[len(frozen(work.model)) :]
-    numbers = sum(anatomy.numbers_per_token(anatomy.linears(block)) for _, block in learning)
-    return bool(min(work.portion.whole, _TOKENS) * numbers * work.model.dtype.itemsize < _LITTLE)
+    tokens = min(work.portion.whole, _TOKENS) * work.model.dtype.itemsize
+    products = sum(anatomy.numbers_per_token(anatomy.linears(block)) for _, block in learning)
+    if tokens * products < _LITTLE:
+        return _PRODUCTS_KEPT
+    width = base_model(work.model).config.get_text_config().hidden_size
+    return _ATTENTION_KEPT if tokens * width * len(learning) < _LITTLE_ATTENTION else _LITTLE_KEPT
 
 
-def _compiled(block: Any, partition: dict[str, Any]) -> Callable[..., Any]:
+def _compiled(block: Any, way: _Way) -> Callable[..., Any]:
     plain, made = block._call_impl, list[Callable[..., Any]]()
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -113,11 +138,31 @@ def _compiled(block: Any, partition: dict[str, Any]) -> Callable[..., Any]:
         if not learning:
             return plain(*args, **kwargs)
         if hollow.is_on():  # shapes are not compiled; what is kept is the same
-            with nullcontext() if partition is _LITTLE_KEPT else products_kept():
+            with kept(PRODUCTS if way is _PRODUCTS_KEPT else _operations(way.kept)):
                 return again(plain, *args, **kwargs)
         if not made:
-            made.append(torch.compile(plain, dynamic=True))
-        with torch._functorch.config.patch(partition):
+            options = {"joint_custom_pre_pass": _keeping(way.kept)} if way.kept else None
+            made.append(torch.compile(plain, dynamic=True, options=options))
+        with torch._functorch.config.patch(way.partition), torch._dynamo.config.patch(_TRACED):
             return made[0](*args, **kwargs)
 
     return call
+
+
+@cache  # another one would be another compiler to torch, and each block compiled for itself
+def _keeping(names: tuple[str, ...]) -> Any:
+    """Tells the partitioner what is not to be computed again."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    operations = _operations(names)
+
+    class Keeping(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for node in graph.nodes:
+                if node.target in operations:
+                    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+        def uuid(self) -> str:
+            return f"kept: {', '.join(names)}"
+
+    return Keeping()

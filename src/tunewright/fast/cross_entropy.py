@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tunewright.core.words import Words
-from tunewright.fast import Batch, Technique, Work, _native, agrees
+from tunewright.fast import Batch, Technique, Work, _amx_products, _native, agrees
 from tunewright.models import anatomy, hollow, likelihood
 
 _CODE = "_softmax"
@@ -45,7 +45,8 @@ class CrossEntropy(Technique):
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
         """:func:`likelihood.token_losses` goes this way."""
-        _native.why_not(_CODE)  # built where it can be
+        _native.why_not(_CODE)  # built where it can be, and so is the other
+        _amx_products.prepare()
         try:
             with likelihood.computed_by(work.model, losses):
                 yield
@@ -182,10 +183,11 @@ class _Sums:
     def _add(self, grads_CV: Tensor, part: slice) -> None:
         states_ND, weight_VD, _ = self._of
         if self.states_ND is not None:
-            for grads, out in _pieces(_GRADIENT_ROWS, grads_CV, self.states_ND[part]):
-                torch.mm(grads, weight_VD, out=out)
+            rows = len(grads_CV) if _amx_products.fits(grads_CV, weight_VD) else _GRADIENT_ROWS
+            for grads, out in _pieces(rows, grads_CV, self.states_ND[part]):
+                _amx_products.multiply(grads, weight_VD, out)
         if self.weight_VD is not None:
-            self.weight_VD += grads_CV.t() @ states_ND[part]
+            self.weight_VD += _amx_products.multiply(grads_CV.t(), states_ND[part])
         if self.bias_V is not None:
             self.bias_V += grads_CV.sum(0, dtype=torch.float32)
 
@@ -203,8 +205,7 @@ def _room(like: Tensor, rows: int, words: int) -> Tensor:
 
 def _to_gradients(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
     """Losses [C]; the logits are overwritten by the losses' gradient if that is needed."""
-    on_cpu = logits_CV.device.type == "cpu" and not hollow.is_on()
-    if _CODE in _native.BUILT and logits_CV.dtype == torch.bfloat16 and on_cpu:
+    if _CODE in _native.BUILT and logits_CV.dtype == torch.bfloat16 and logits_CV.device.type == "cpu":
         return _by_code(logits_CV, labels_C, needed)
     found = []
     for logits, labels in _pieces(_SOFTMAX_ROWS, logits_CV, labels_C):
@@ -222,6 +223,8 @@ def _to_gradients(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
 
 def _by_code(logits_CV: Tensor, labels_C: Tensor, needed: bool) -> Tensor:
     losses_C, labels_C = torch.empty(len(labels_C), dtype=torch.float32), labels_C.contiguous()
+    if hollow.is_on():  # there are no addresses, and nothing else is taken
+        return losses_C
     logits, labels, found = (ctypes.c_void_p(x.data_ptr()) for x in (logits_CV, labels_C, losses_C))
     sizes = map(ctypes.c_int64, (*logits_CV.shape, logits_CV.stride(0)))
     _native.library(_CODE).losses(logits, *sizes, labels, found, int(needed))

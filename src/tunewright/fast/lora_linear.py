@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, look
+from tunewright.fast import Technique, Work, _amx_products, look
 from tunewright.fast.attention import base_model
 from tunewright.fast.process import let_go_of_files
 from tunewright.models.announce import stretch
@@ -42,6 +42,7 @@ class LoraLinear(Technique):
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
         """The layers' frozen weights lie in their group's matrix meanwhile."""
+        _amx_products.prepare()  # built where it can be
         groups = list(_copied(_together(work)))
         known: list[object] = [None]
 
@@ -278,8 +279,12 @@ def _backward(
     if for_input:
         for_x_MI = (grad_MN @ joint_NK[:, :inputs]).addmm_(for_inner_MR, down_RI)
     grads, inners = torch.split(grad_MN, sizes, 1), torch.split(inner_MR, ranks, 1)
-    ups = [(inner.t() @ grad).t() * scale for grad, inner, scale in zip(grads, inners, scales, strict=True)]
-    return [for_x_MI, for_inner_MR.t() @ x_MI, *(up.contiguous() for up in ups)]
+    multiply = _amx_products.multiply
+    ups = [
+        multiply(inner.t(), grad).t() * scale
+        for grad, inner, scale in zip(grads, inners, scales, strict=True)
+    ]
+    return [for_x_MI, multiply(for_inner_MR.t(), x_MI), *(up.contiguous() for up in ups)]
 
 
 @_backward.register_fake
