@@ -114,7 +114,7 @@ def learned(model: Two, x: Tensor) -> list[Tensor]:
 
 
 @needs_units
-@pytest.mark.filterwarnings("ignore:.*script_method")
+@pytest.mark.filterwarnings("ignore:.*(script_method|should not be instantiated)")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_are_within_the_plain_paths_noise(compiled: bool) -> None:
     torch.manual_seed(0)
