@@ -31,6 +31,7 @@ from tunewright.fast import Portion, Work, _lower_blocks
 from tunewright.fast._kept_states import KeptStates
 from tunewright.fast._lower_blocks import LowerBlocks
 from tunewright.fast.frozen_layers import FrozenLayers
+from tunewright.fast.packing import Packing, in_one_row
 from tunewright.methods import Clock
 from tunewright.models import anatomy, likelihood
 from tunewright.models.announce import announced
@@ -244,21 +245,37 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(make_trainer: Any, tmp_path: P
     assert len(used) == 3 and all("frozen_layers" in on for on in used)
 
 
-@pytest.mark.parametrize(
-    "fast", [True, {"packing": True, "frozen_layers": False}], ids=["both", "only packing"]
-)
-def test_in_a_run_with_every_technique_states_are_read_at_every_step(
-    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: Any
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+def test_in_a_run_states_are_read_at_every_step(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool, frozen: bool
 ) -> None:
-    """Samples in one row would not find their states."""
-    read: list[int] = []
-    plain = KeptStates.read
-    monkeypatch.setattr(KeptStates, "read", lambda *given: read.append(1) or plain(*given))
+    read: list[str] = []
+    for name in ("read", "row"):
+        plain = getattr(KeptStates, name)
+        monkeypatch.setattr(
+            KeptStates, name, lambda *given, name=name, plain=plain: read.append(name) or plain(*given)
+        )
+    fast = {"packing": packing, "frozen_layers": frozen}
     trainer = make_trainer(method={"name": "partial", "last": 1}, epochs=4, lr=1e-2, fast=fast)
     trainer.run()
     (event,) = logged(tmp_path, "fast")
-    assert ("packing" in event["on"]) != ("frozen_layers" in event["on"])
-    assert (len(read) >= trainer.steps) == ("frozen_layers" in event["on"])
+    assert [name in event["on"] for name in fast] == [packing, frozen]
+    assert len(read) >= trainer.steps if frozen else not read
+    assert set(read) <= {"row" if packing else "read"}
+
+
+def test_samples_in_one_row_find_their_states_and_others_do_not(tmp_path: Path, calls: Any) -> None:
+    model = make()
+    expected = learn(model, batch([3, 0, 7]))
+    with FrozenLayers().on(work(model, tmp_path)), Packing().on(work(model, tmp_path)):
+        seen = calls(model)
+        found = learn(model, batch([3, 0, 7]))
+        assert seen and min(seen) >= LAYERS - 2
+        with announced(model, batch([0, 3, 7])), torch.no_grad():  # the same samples, not in the row's order
+            model(**{n: x for n, x in in_one_row(batch([3, 0, 7])).items() if n != "labels"}, use_cache=False)
+        assert 0 in seen
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("default")  # torch._dynamo looks at .grad of what it traces, and warns itself

@@ -184,7 +184,8 @@ void product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& ro
     const int64_t deepest = evenly(k, DEPTH), all = up(k, deepest);
     const int64_t columns = evenly(n, std::max(SIDE, std::min(SUMS / 128, PACKED / all)));
     const int64_t rows = evenly(m, std::min(ROWS, SUMS / columns));
-    bf16 *A = rooms.a.of<bf16>(rows * deepest), *B = rooms.b.of<bf16>(columns * all);
+    const bool once = rows >= m;  // then a panel of B is met by all of A at once, and need not be kept
+    bf16 *A = rooms.a.of<bf16>(rows * deepest), *B = rooms.b.of<bf16>(once ? SIDE * deepest : columns * all);
     float* C = rooms.c.of<float>(rows * columns);
     for (int64_t j = 0; j < n; j += columns) {
         const int64_t wide = std::min(columns, n - j);
@@ -194,7 +195,7 @@ void product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& ro
                 const int64_t deep = std::min(deepest, k - first);
                 lay_out_rows(A, a.from(i, first), high, deep);
                 auto panel = [&](int64_t at) {
-                    bf16* own = B + first * columns + at * up(deep, 32);
+                    bf16* own = once ? B : B + first * columns + at * up(deep, 32);
                     if (i == 0) lay_out<true>(own, b.from(j + at, first), std::min(SIDE, wide - at), deep);
                     return own;
                 };

@@ -54,6 +54,12 @@ class KeptStates:
             row_TD[: len(own_TD)] = own_TD
         return states_BTD
 
+    def row(self, samples: Sequence[int], positions: int) -> Tensor:
+        """[1, M, D] for M ``positions``, on the CPU: one sample after another, and zeros after the last."""
+        found = [self._states[sample] for sample in samples]
+        left = positions - sum(map(len, found))
+        return torch.cat([*found, self._like.new_zeros(left, self._like.shape[1])])[None]
+
     def close(self) -> None:
         """Memory and file are given back."""
         self._states.clear()

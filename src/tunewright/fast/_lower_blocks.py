@@ -19,6 +19,7 @@ _TOGETHER = 4096
 """Tokens, padding included, that go through the blocks at a time; never what training takes at a time, which may be
 another number when a run goes on.
 """
+_TOKENS, _ENDS = ("input_ids", "return_dict"), "cu_seq_lens_q"
 _OWN = ("forward", "_compiled_call_impl")
 """What a block may have of its own that decides how it computes: a compiled one would run what was compiled."""
 
@@ -40,15 +41,30 @@ def decoder(model: Any) -> nn.Module:
 def samples_seen(batch: Batch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
     """The samples that a decoder is called for, if it is given the batch's tokens and nothing else; or none.
 
-    A mask, positions, a cache or a wish for all hidden states would make the blocks give something else.
+    They may follow one another in one row. A mask, a cache or a wish for all hidden states would make the blocks give
+    something else.
     """
-    ids_BT = args[0] if args else kwargs.get("input_ids")
-    others = [*args[1:], *(v for n, v in kwargs.items() if n not in ("input_ids", "return_dict"))]
-    if ids_BT is None or ids_BT is not batch.get("input_ids") or SAMPLE not in batch:
+    ids_BT, given = args[0] if args else kwargs.get("input_ids"), set(_TOKENS)
+    if ids_BT is None or SAMPLE not in batch:
         return []
+    if _ENDS in kwargs:
+        given |= {_ENDS, "position_ids"}
+        if not _in_a_row(batch, ids_BT, kwargs[_ENDS]):
+            return []
+    elif ids_BT is not batch.get("input_ids"):
+        return []
+    others = [*args[1:], *(v for name, v in kwargs.items() if name not in given)]
     alone = all(other is None or other is False for other in others)
     samples: list[int] = batch[SAMPLE].tolist()
     return samples if alone and len(samples) == len(batch["input_ids"]) else []
+
+
+def _in_a_row(batch: Batch, ids_1M: Tensor, ends: Tensor | None) -> bool:
+    """Whether a row is the batch's samples, whole, and what fills it up."""
+    if ends is None or ends.diff().tolist() != batch[LENGTH].tolist():
+        return False
+    rows = [ids_T[:length] for ids_T, length in zip(batch["input_ids"], batch[LENGTH].tolist(), strict=True)]
+    return torch.equal(ids_1M[0, : int(ends[-1])], torch.cat(rows))
 
 
 def states(output: Any) -> Tensor:
@@ -111,8 +127,9 @@ class LowerBlocks:
         samples = samples_seen(self.batch, args, kwargs)
         if not samples or not self.kept.holds(samples):
             return
-        ids_BT = self.batch["input_ids"]
-        states_BTD = self.kept.read(samples, ids_BT.shape[1]).to(ids_BT.device)
+        ids_BT = args[0] if args else kwargs["input_ids"]
+        read = self.kept.row if _ENDS in kwargs else self.kept.read
+        states_BTD = read(samples, ids_BT.shape[1]).to(ids_BT.device)
         self._made = states_BTD if self._others is None else (states_BTD, *self._others)
 
     def _after(self, *_: Any) -> None:

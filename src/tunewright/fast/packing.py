@@ -17,7 +17,6 @@ from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
 from tunewright.fast import Batch, Technique, Work, agrees
-from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
 from tunewright.models import likelihood
 from tunewright.models.announce import ROUTER
@@ -43,12 +42,6 @@ class Packing(Technique):
         if _NAME not in work.found:
             work.found[_NAME] = _agrees(work)
         return "" if work.found[_NAME] else "the model does not keep samples in one row apart"
-
-    def not_worth(self, work: Work) -> str:
-        """States that are kept of frozen blocks are each sample's own: skipping the blocks gains more than a row does."""
-        return (
-            "the frozen blocks' states are kept by sample" if frozen(work.model) and work.epochs > 1 else ""
-        )
 
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:

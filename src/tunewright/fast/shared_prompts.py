@@ -11,6 +11,7 @@ from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
 from tunewright.fast import Batch, Technique, Work, agrees
+from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
 from tunewright.fast.packing import Packing, in_one_row, reach
 from tunewright.models import likelihood
@@ -38,7 +39,9 @@ class SharedPrompts(Technique):
         return "" if _agrees(work) else "the model does not let samples share what they begin with"
 
     def not_worth(self, work: Work) -> str:
-        """Elsewhere rows hardly ever begin alike."""
+        """Elsewhere rows hardly ever begin alike; and skipping blocks gains more than sharing what goes through them."""
+        if work.epochs > 1 and frozen(work.model):
+            return "the frozen blocks' states are kept by sample"
         return "" if work.answers else "every sample has a prompt of its own"
 
     @contextmanager
