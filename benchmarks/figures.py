@@ -21,7 +21,9 @@ _SHAPES_KNOWN = ("llama", "qwen2")
 
 
 def summary(jobs: Sequence[Job], journal: Journal, setting: Tree) -> Tree:
-    """Everything measured: ``machine``, ``rates`` and ``workloads`` (name -> case -> system -> figures)."""
+    """Everything measured: ``machine``, ``rates``, ``workloads`` (name -> case -> system -> figures), ``measured`` (name
+    -> commit and day).
+    """
     rates = {
         key: spread([rate[key] for rate in journal.rates if key in rate]) for key in ("square", "own_shapes")
     }
@@ -35,9 +37,21 @@ def summary(jobs: Sequence[Job], journal: Journal, setting: Tree) -> Tree:
     for workload, cases in workloads.items():
         for case in cases:
             _time_to_loss([j for j in made if (j.workload, j.case) == (workload, case)], journal, cases[case])
+    stamp = {"commit": _commit(), "when": time.strftime("%Y-%m-%d")}
     gpus = [journal.runs[job.key].get("result", {}).get("gpu") for job in made]
-    return {"gpu": next(filter(None, gpus), ""), "when": time.strftime("%Y-%m-%d"), "commit": _commit(), "machine": machine(), **setting, "rates": rates,
-            "workloads": workloads}  # fmt: skip
+    return {"gpu": next(filter(None, gpus), ""), **stamp, "machine": machine(), **setting, "rates": rates,
+            "workloads": workloads, "measured": dict.fromkeys(workloads, stamp)}  # fmt: skip
+
+
+def beside(found: Tree, earlier: Tree, order: Sequence[str]) -> Tree:
+    """What was found now, and of workloads that were not run again what was found earlier."""
+    stamp = {key: earlier[key] for key in ("commit", "when") if key in earlier}
+    before = dict.fromkeys(earlier.get("workloads", {}), stamp) | earlier.get("measured", {})
+    both = {
+        "workloads": {**earlier.get("workloads", {}), **found["workloads"]},
+        "measured": {**before, **found["measured"]},
+    }
+    return {**found, **{key: {name: of[name] for name in order if name in of} for key, of in both.items()}}
 
 
 def _system(runs: Sequence[Job], journal: Journal, rate: float | None) -> Tree:

@@ -64,4 +64,7 @@ def _device(language: str, device: str, results: Tree, plan: Tree) -> list[str]:
     for name, cases in results["workloads"].items():
         about = plan["workloads"][name]
         parts += [f"### {name}: {about['title'][language]}", *tables.of_workload(language, about, cases)]
+        stamp = results.get("measured", {}).get(name, {})
+        if stamp and stamp["commit"] != results["commit"]:
+            parts.append(words["stamp"].format(**stamp))
     return parts

@@ -108,16 +108,14 @@ def main() -> None:
         return
     runner.all(jobs)
     every = jobs if trial else plan.jobs(whole, {}, plan.tuned())
-    made = {
-        given.device: figures.summary(
-            every, runner.journal, {"caches": given.caches, "threads": given.threads}
-        )
-    }
+    found = figures.summary(every, runner.journal, {"caches": given.caches, "threads": given.threads})
     if trial:
-        page.write(made, whole, given.folder, given.folder)
-        print(page.text("en", made, whole))
-    else:
-        page.write({**page.load(), **made}, whole)
+        page.write({given.device: found}, whole, given.folder, given.folder)
+        print(page.text("en", {given.device: found}, whole))
+        return
+    before = page.load()
+    made = figures.beside(found, before.get(given.device, {}), list(whole["workloads"]))
+    page.write({**before, given.device: made}, whole)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "against": "{what} against {other}", "off_by": "{what}, difference to {other}",
         "cpu": "## On {threads} CPU threads", "gpu": "## On a GPU: {name}",
         "machine": "{processor}, {memory}{extensions}; Python {python}; commit {commit}, {when}.",
+        "stamp": "Measured earlier: commit {commit}, {when}.",
         "rates": "bf16 matrix products in the same run: {square} on a large square, {own_shapes} on this model's own shapes.",
         "case": "case", "system": "system", "runs": "runs", "failed": "failed: {why}",
         "columns": {
@@ -107,6 +108,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "against": "{what}，相对于 {other}", "off_by": "{what}，与 {other} 之差",
         "cpu": "## {threads} 个 CPU 线程", "gpu": "## GPU：{name}",
         "machine": "{processor}，{memory}{extensions}；Python {python}；提交 {commit}，{when}。",
+        "stamp": "较早测得：提交 {commit}，{when}。",
         "rates": "同一次运行中的 bf16 矩阵乘：大方阵 {square}，模型自身的形状 {own_shapes}。",
         "case": "情形", "system": "系统", "runs": "次数", "failed": "失败：{why}",
         "columns": {

@@ -263,6 +263,24 @@ def test_settings_of_the_shell_do_not_reach_a_run(monkeypatch: pytest.MonkeyPatc
     assert (env["KMP_BLOCKTIME"], env["CUDA_VISIBLE_DEVICES"]) == ("1", "")
 
 
+def test_workloads_that_were_not_run_again_keep_what_was_found_before() -> None:
+    earlier = {
+        "commit": "old",
+        "when": "1",
+        "workloads": {"a": 1, "b": 2},
+        "measured": {"b": {"commit": "older"}},
+    }
+    now = {"commit": "new", "workloads": {"c": 3, "a": 4}, "measured": dict.fromkeys("ca", {"commit": "new"})}
+    both = figures.beside(now, earlier, "abc")
+    assert list(both["workloads"].items()) == [("a", 4), ("b", 2), ("c", 3)]
+    assert {name: stamp["commit"] for name, stamp in both["measured"].items()} == {
+        "a": "new", "b": "older", "c": "new",
+    }  # fmt: skip
+    assert figures.beside(now, {}, "abc")["workloads"] == {"a": 4, "c": 3}
+    first = {"commit": "old", "when": "1", "workloads": {"b": 2}}
+    assert figures.beside(now, first, "abc")["measured"]["b"] == {"commit": "old", "when": "1"}
+
+
 @pytest.mark.parametrize("language", list(page.PAGES))
 def test_the_page_is_what_was_measured(workloads: Tree, language: str) -> None:
     written = (ROOT / "docs" / page.PAGES[language]).read_text(encoding="utf-8")
