@@ -270,7 +270,11 @@ def test_workloads_that_were_not_run_again_keep_what_was_found_before() -> None:
         "workloads": {"a": 1, "b": 2},
         "measured": {"b": {"commit": "older"}},
     }
-    now = {"commit": "new", "workloads": {"c": 3, "a": 4}, "measured": dict.fromkeys("ca", {"commit": "new"})}
+    now = {
+        "commit": "new",
+        "workloads": {"c": 3, "a": 4},
+        "measured": {name: {"commit": "new"} for name in "ca"},
+    }
     both = figures.beside(now, earlier, "abc")
     assert list(both["workloads"].items()) == [("a", 4), ("b", 2), ("c", 3)]
     assert {name: stamp["commit"] for name, stamp in both["measured"].items()} == {

@@ -84,6 +84,8 @@ def test_it_is_for_what_lies_across_and_long_sums_in_bf16() -> None:
     assert not _amx_products.fits(torch.zeros(300, 64).t(), torch.zeros(300, 64))
     assert _amx_products.fits(bf16(64, 5000), bf16(5000, 64))
     assert not _amx_products.fits(bf16(64, 5000), bf16(5000, 700))
+    assert not _amx_products.fits(bf16(300, 0).t(), bf16(300, 64))
+    assert not _amx_products.fits(bf16(300, 64).t(), bf16(300, 0))
 
 
 def test_what_does_not_fit_is_pytorchs_own() -> None:

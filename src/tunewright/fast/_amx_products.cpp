@@ -46,12 +46,13 @@ class Room {  // a thread's own, kept from call to call
 
   public:
     template <typename T>
-    T* of(int64_t numbers) {
+    T* of(int64_t numbers) {  // nothing if there is no memory
         const size_t bytes = (numbers * sizeof(T) + HUGE - 1) / HUGE * HUGE;
         if (bytes > size) {
             std::free(at);
-            at = static_cast<char*>(std::aligned_alloc(HUGE, size = bytes));
-            madvise(at, bytes, MADV_HUGEPAGE);
+            at = static_cast<char*>(std::aligned_alloc(HUGE, bytes));
+            size = at ? bytes : 0;
+            if (at) madvise(at, bytes, MADV_HUGEPAGE);
         }
         return reinterpret_cast<T*>(at);
     }
@@ -163,11 +164,13 @@ struct Rooms {
     Room a, b, c;
 };
 
-// Sums of few rows and columns: as they are, for others to be added
-void sums(float* C, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& rooms) {
+// Sums of few rows and columns: as they are, for others to be added. Nothing if there is no memory.
+float* sums(Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& rooms) {
     const Tiles tiles;
     const int64_t deepest = evenly(k, DEPTH);
     bf16 *A = rooms.a.of<bf16>(up(m, SIDE) * deepest), *B = rooms.b.of<bf16>(SIDE * deepest);
+    float* C = rooms.c.of<float>(up(m, SIDE) * up(n, SIDE));
+    if (!A || !B || !C) return nullptr;
     for (int64_t first = 0; first < k; first += deepest) {
         const int64_t deep = std::min(deepest, k - first);
         lay_out_rows(A, a.from(0, first), m, deep);
@@ -177,9 +180,11 @@ void sums(float* C, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& room
         };
         add_up(C, A, panel, m, n, deep, first > 0);
     }
+    return C;
 }
 
-void product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& rooms) {
+// Whether there was memory for it
+bool product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& rooms) {
     const Tiles tiles;
     const int64_t deepest = evenly(k, DEPTH), all = up(k, deepest);
     const int64_t columns = evenly(n, std::max(SIDE, std::min(SUMS / 128, PACKED / all)));
@@ -187,6 +192,7 @@ void product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& ro
     const bool once = rows >= m;  // then a panel of B is met by all of A at once, and need not be kept
     bf16 *A = rooms.a.of<bf16>(rows * deepest), *B = rooms.b.of<bf16>(once ? SIDE * deepest : columns * all);
     float* C = rooms.c.of<float>(rows * columns);
+    if (!A || !B || !C) return false;
     for (int64_t j = 0; j < n; j += columns) {
         const int64_t wide = std::min(columns, n - j);
         for (int64_t i = 0; i < m; i += rows) {
@@ -207,6 +213,7 @@ void product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& ro
                     put({out.at + (i + u) * out.row + j + v, out.row}, from, std::min(SIDE, high - u), std::min(SIDE, wide - v));
         }
     }
+    return true;
 }
 
 }  // namespace
@@ -219,42 +226,43 @@ int allow() {
     return int(syscall(SYS_arch_prctl, REQUEST, TILE_DATA));
 }
 
-// `sizes` are M, N, K, then distances: of C's rows, of A's rows and columns, of B's columns and rows.
-void multiply(bf16* c, const bf16* a, const bf16* b, const int64_t* sizes) {
+// `sizes` are M, N, K, then distances: of C's rows, of A's rows and columns, of B's columns and rows. 0, or 1 if there is
+// no memory.
+int multiply(bf16* c, const bf16* a, const bf16* b, const int64_t* sizes) {
     const int64_t m = sizes[0], n = sizes[1], k = sizes[2];
     const Out C{c, sizes[3]};
     const Side A{a, sizes[4], sizes[5]}, B{b, sizes[6], sizes[7]};
     // Threads share K where C is small, or else C's longer side
-    const bool share_depth = up(m, SIDE) * up(n, SIDE) <= 2 * SUMS && k >= 8 * std::max(m, n);
+    const int64_t numbers = up(m, SIDE) * up(n, SIDE), high = up(m, SIDE) / SIDE;
+    const bool share_depth = numbers <= 2 * SUMS && k >= 8 * std::max(m, n);
     std::vector<float*> found(omp_get_max_threads());
-#pragma omp parallel
+    bool failed = false;
+#pragma omp parallel reduction(|| : failed)
     {
         static thread_local Rooms rooms;
         const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-        auto share = [&](int64_t whole) { return up(parts(whole, threads), SIDE); };
-        if (share_depth) {
-            const int64_t each = share(k), first = std::min(k, me * each), deep = std::min(each, k - first);
-            const int64_t numbers = up(m, SIDE) * up(n, SIDE), high = up(m, SIDE) / SIDE;
-            found[me] = deep > 0 ? rooms.c.of<float>(numbers) : nullptr;
-            if (deep > 0) sums(found[me], A.from(0, first), B.from(0, first), m, n, deep, rooms);
+        const int64_t whole = share_depth ? k : std::max(m, n), each = up(parts(whole, threads), SIDE);
+        const int64_t first = std::min(whole, me * each), count = std::min(each, whole - first);
+        if (!share_depth && count > 0) {
+            failed = m >= n ? !product({C.at + first * C.row, C.row}, A.from(first, 0), B, count, n, k, rooms)
+                            : !product({C.at + first, C.row}, A, B.from(first, 0), m, count, k, rooms);
+        } else if (share_depth) {
+            if (count > 0) found[me] = sums(A.from(0, first), B.from(0, first), m, n, count, rooms);
+            failed = count > 0 && !found[me];
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < numbers / BLOCK; ++block) {
-                float* whole = found[0] + block * BLOCK;
+                if (!found[0]) continue;
+                float* sum = found[0] + block * BLOCK;
                 for (int64_t other = 1; other < threads && found[other]; ++other)
                     for (int64_t at = 0; at < BLOCK; at += 16)
-                        _mm512_store_ps(whole + at, _mm512_add_ps(_mm512_load_ps(whole + at),
-                                                                  _mm512_load_ps(found[other] + block * BLOCK + at)));
+                        _mm512_store_ps(sum + at, _mm512_add_ps(_mm512_load_ps(sum + at),
+                                                                _mm512_load_ps(found[other] + block * BLOCK + at)));
                 const int64_t i = block % high * SIDE, j = block / high * SIDE;
-                put({C.at + i * C.row + j, C.row}, whole, std::min(SIDE, m - i), std::min(SIDE, n - j));
+                put({C.at + i * C.row + j, C.row}, sum, std::min(SIDE, m - i), std::min(SIDE, n - j));
             }
-        } else if (m >= n) {
-            const int64_t each = share(m), first = std::min(m, me * each), count = std::min(each, m - first);
-            if (count > 0) product({C.at + first * C.row, C.row}, A.from(first, 0), B, count, n, k, rooms);
-        } else {
-            const int64_t each = share(n), first = std::min(n, me * each), count = std::min(each, n - first);
-            if (count > 0) product({C.at + first, C.row}, A, B.from(first, 0), m, count, k, rooms);
         }
     }
+    return failed;
 }
 }

@@ -32,7 +32,7 @@ def fits(a: Tensor, b: Tensor) -> bool:
     if _CODE not in _native.BUILT or hollow.is_on() or a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
         return False
     (rows, depth), columns = a.shape, b.shape[1]
-    if a.device.type != "cpu" or depth < _LEAST_DEPTH or 1 not in b.stride():
+    if a.device.type != "cpu" or depth < _LEAST_DEPTH or 1 not in b.stride() or not rows * columns:
         return False
     if a.stride(0) == 1:
         return True
@@ -49,5 +49,6 @@ def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None) -> Tensor
     sizes = (*a_MK.shape, b_KN.shape[1], out_MN.stride(0), *a_MK.stride(), *reversed(b_KN.stride()))
     addresses = (ctypes.c_void_p(x.data_ptr()) for x in (out_MN, a_MK, b_KN))
     m, k, n, *strides = sizes
-    _native.library(_CODE).multiply(*addresses, (ctypes.c_int64 * 8)(m, n, k, *strides))
+    if _native.library(_CODE).multiply(*addresses, (ctypes.c_int64 * 8)(m, n, k, *strides)):
+        torch.mm(a_MK, b_KN, out=out_MN)  # there was no memory for it; if there is none for this, it is told
     return out_MN
