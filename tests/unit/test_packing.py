@@ -187,3 +187,15 @@ def test_a_model_whose_attention_cannot_be_exchanged_is_refused() -> None:
     model = make("llama")
     model.set_attn_implementation("eager")
     assert Packing().why_not(work(model)) == "the model's attention is eager"
+
+
+def test_the_mask_of_a_row_is_each_samples_own_and_causal() -> None:
+    seen = packed.mask(torch.tensor([0, 2, 5], dtype=torch.int32), 6)[0, 0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],  # what fills up the row
+    ]

@@ -1,6 +1,7 @@
 """Products on matrix units: as near to float64 as PyTorch's own, in any order and of any size; weights' gradients by them."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,14 @@ def test_it_is_for_what_lies_across_and_long_sums_in_bf16() -> None:
     assert not _amx_products.fits(bf16(64, 5000), bf16(5000, 700))
     assert not _amx_products.fits(bf16(300, 0).t(), bf16(300, 64))
     assert not _amx_products.fits(bf16(300, 64).t(), bf16(300, 0))
+
+
+@needs_units
+@pytest.mark.usefixtures("always")
+def test_without_memory_for_it_the_product_is_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "library", lambda name: SimpleNamespace(multiply=lambda *given: 1))
+    a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
+    assert torch.equal(_amx_products.multiply(a, b), a @ b)
 
 
 def test_what_does_not_fit_is_pytorchs_own() -> None:

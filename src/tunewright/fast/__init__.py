@@ -81,7 +81,10 @@ class Technique(ABC):
         """Why it can do nothing here; empty if it can."""
 
     def not_worth(self, work: Work) -> str:
-        """Why it would cost more than it gives; a recipe that asks for it by name is not told so. Empty if it pays."""
+        """Why it would cost more than it gives; a recipe that asks for it by name is not told so. Empty if it pays.
+
+        It is asked before :meth:`why_not`, which may take passes of the model.
+        """
         return ""
 
     @abstractmethod

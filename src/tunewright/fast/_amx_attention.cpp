@@ -19,8 +19,6 @@
 #include <numeric>
 #include <vector>
 
-#include <sys/syscall.h>
-#include <unistd.h>
 
 namespace {
 
@@ -345,12 +343,6 @@ Pass choose(bool back, int64_t width) {
 }  // namespace
 
 extern "C" {
-
-// Ask Linux for the right to use matrix units; 0 if it is given
-int allow() {
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // of arch_prctl(2)
-    return int(syscall(SYS_arch_prctl, REQUEST, TILE_DATA));
-}
 
 // Tensors are [heads or groups, tokens, width] with strides for the first two; `ends` says where samples begin and the
 // last one ends [samples + 1]. 0, or 1 for a width that there is no code for.

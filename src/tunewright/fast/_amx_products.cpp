@@ -13,8 +13,6 @@
 
 #include <omp.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 namespace {
 
@@ -219,12 +217,6 @@ bool product(Out out, Side a, Side b, int64_t m, int64_t n, int64_t k, Rooms& ro
 }  // namespace
 
 extern "C" {
-
-// Ask Linux for the right to use matrix units; 0 if it is given
-int allow() {
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // of arch_prctl(2)
-    return int(syscall(SYS_arch_prctl, REQUEST, TILE_DATA));
-}
 
 // `sizes` are M, N, K, then distances: of C's rows, of A's rows and columns, of B's columns and rows. 0, or 1 if there is
 // no memory.

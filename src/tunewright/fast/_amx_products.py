@@ -41,14 +41,14 @@ def fits(a: Tensor, b: Tensor) -> bool:
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None) -> Tensor:
-    """a·b by whichever way is faster; a sum is fp32, and rounded once."""
+    """a·b by whichever way is faster; a sum is fp32, and rounded once. A row of ``out_MN`` lies together."""
     if not fits(a_MK, b_KN):
         return torch.mm(a_MK, b_KN) if out_MN is None else torch.mm(a_MK, b_KN, out=out_MN)
     if out_MN is None:
         out_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1])
-    sizes = (*a_MK.shape, b_KN.shape[1], out_MN.stride(0), *a_MK.stride(), *reversed(b_KN.stride()))
+    (rows, depth), columns = a_MK.shape, b_KN.shape[1]
+    sizes = (rows, columns, depth, out_MN.stride(0), *a_MK.stride(), *reversed(b_KN.stride()))
     addresses = (ctypes.c_void_p(x.data_ptr()) for x in (out_MN, a_MK, b_KN))
-    m, k, n, *strides = sizes
-    if _native.library(_CODE).multiply(*addresses, (ctypes.c_int64 * 8)(m, n, k, *strides)):
+    if _native.library(_CODE).multiply(*addresses, (ctypes.c_int64 * 8)(*sizes)):
         torch.mm(a_MK, b_KN, out=out_MN)  # there was no memory for it; if there is none for this, it is told
     return out_MN

@@ -111,19 +111,13 @@ def attention(
     odd = any(others.get(name) is not None for name in ("position_bias", "softcap"))
     more = dropout or odd
     scale = scaling or query.shape[3] ** -0.5
-    if others.get("prefixes") is not None:
-        if more:
-            raise ValueError("samples share what they begin with only where attention is plain")
-        return _shared_attention.attention(
-            query, key, value, others["cu_seq_lens_q"], others["prefixes"], scale
-        ), None
-    if others.get("cu_seq_lens_q") is not None and not odd:
-        if dropout:
-            return packed.dropping(query, key, value, others["cu_seq_lens_q"], dropout, scale), None
-        one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
-        return one_row(query, key, value, others["cu_seq_lens_q"], scale), None
-    if others.get("cu_seq_lens_q") is not None and attention_mask is None:
-        attention_mask = packed.mask(others["cu_seq_lens_q"], query.shape[2])
+    ends, prefixes = others.get("cu_seq_lens_q"), others.get("prefixes")
+    if prefixes is not None and more:
+        raise ValueError("samples share what they begin with only where attention is plain")
+    if ends is not None and not odd:
+        return _in_a_row(query, key, value, ends, prefixes, dropout, scale), None
+    if ends is not None and attention_mask is None:
+        attention_mask = packed.mask(ends, query.shape[2])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
     learning = torch.is_grad_enabled() and query.requires_grad
@@ -138,6 +132,24 @@ def attention(
         module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
     )
     return plain
+
+
+def _in_a_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    prefixes: Tensor | None,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """By the implementation for what samples in one row need."""
+    if prefixes is not None:
+        return _shared_attention.attention(query, key, value, ends, prefixes, scale)
+    if dropout:
+        return packed.dropping(query, key, value, ends, dropout, scale)
+    one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
+    return one_row(query, key, value, ends, scale)
 
 
 @torch.library.custom_op("tunewright::causal_attention", mutates_args=())

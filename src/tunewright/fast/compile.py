@@ -19,7 +19,6 @@ from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _native
 from tunewright.fast._lower_blocks import frozen
-from tunewright.fast.attention import base_model
 from tunewright.fast.checkpointing import PRODUCTS, again, kept
 from tunewright.models import anatomy, hollow
 
@@ -126,7 +125,7 @@ def _chosen(work: Work) -> _Way:
     products = sum(anatomy.numbers_per_token(anatomy.linears(block)) for _, block in learning)
     if tokens * products < _LITTLE:
         return _PRODUCTS_KEPT
-    width = base_model(work.model).config.get_text_config().hidden_size
+    width = anatomy.hidden_size(work.model)
     return _ATTENTION_KEPT if tokens * width * len(learning) < _LITTLE_ATTENTION else _LITTLE_KEPT
 
 
