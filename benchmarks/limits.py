@@ -1,6 +1,6 @@
 """Runs under a memory limit: ``python -m benchmarks.limits`` draws recipes at random, has each written by ``advise --probe
 --apply`` and run under a limit that the system sets, and tries the same with TRL at its defaults. It goes on where it was
-stopped, also from what limits.json has.
+stopped, also from what limits.json has. No learning rates are tried: they change neither memory nor speed.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from benchmarks import advice, launch, models, rows
-from tunewright.core import cgroups, machine
+from tunewright import children
+from tunewright.core import cgroups, events, machine
 
 Tree = dict[str, Any]
 HERE = Path(__file__).parent
@@ -146,13 +147,15 @@ def _own_group() -> Path:
 
 def _ours(case: Tree, files: Tree, steps: int) -> Tree:
     """What was advised, and whether it ran to its end."""
-    recipe, output = FOLDER / "recipe.yaml", FOLDER / "run"
+    name = "-".join(str(value).replace(":", "-") for value in case.values() if value)
+    recipe, output = FOLDER / "recipes" / f"{name}.yaml", FOLDER / "run"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.unlink(missing_ok=True)
     shutil.rmtree(output, ignore_errors=True)
     asked = [f"model={files['model']}", f"data={files['data']}", f"runs={FOLDER / 'none'}"]
     asked += [f"objective={case['objective']}"] if case["objective"] == "dpo" else []
     asked += [f"goal={case['goal']}"] if case["goal"] else []
-    told, why = _command(case, ["advise", *asked, "--probe", "--apply", str(recipe), "--json"])
+    told, why = _command(case, ["advise", *asked, "--probe", "--no-rates", "--apply", str(recipe), "--json"])
     if why:
         return {"finished": False, "why": why} | ({"refused": True} if _REFUSED in why else {})
     best = json.loads(told)["plans"][0]
@@ -162,7 +165,8 @@ def _ours(case: Tree, files: Tree, steps: int) -> Tree:
     if why:
         return {**found, "finished": False, "why": why}
     train = json.loads(told)["results"]["stages"][0]["train"]
-    came = {"memory": train["peak_memory"], "tokens_per_second": train["tokens_per_second"]}
+    pace = children.Begun(list(events.read(output / "events.jsonl")), "").pace()
+    came = {"memory": train["peak_memory"], "tokens_per_second": pace.tokens_per_second}
     return {**found, "finished": True, "measured": came}
 
 

@@ -17,6 +17,8 @@ from tunewright.core import events, store
 
 _FEW = 5
 """Steps that are made however long they take."""
+_COLD = 3
+"""Steps that also warm up."""
 _LOOKED = 0.1
 """Seconds between looks at a run that has begun."""
 _TOLD = 240
@@ -80,6 +82,27 @@ class Begun:
     def of(self, kind: str) -> list[events.Event]:
         """Its events of a kind."""
         return [event for event in self.log if event["kind"] == kind]
+
+    def pace(self) -> "Pace":
+        """Of a run from its beginning, which has made a step or more."""
+        train = self.of("train")[0]
+        marks = [{**train, "step": 0, "tokens": 0}, *self.of("step")]
+        warm = marks[min(_COLD, len(marks) - 2) :]
+        seconds, steps = (warm[-1][of] - warm[0][of] for of in ("time", "step"))
+        cold = warm[0]["time"] - train["time"] - warm[0]["step"] * seconds / steps
+        rate = (warm[-1]["tokens"] - warm[0]["tokens"]) / max(1e-9, seconds)
+        return Pace(rate, seconds / steps, max(0.0, cold))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run goes once it is warm."""
+
+    tokens_per_second: float
+    each: float
+    """Seconds of a step."""
+    cold: float
+    """Seconds that the first steps took beyond that."""
 
 
 def _is_enough(log: Path, count: int, patience: float) -> bool:

@@ -122,6 +122,9 @@ def advise(
     probe: Annotated[
         bool, typer.Option("--probe", help="Try the best plans for a few steps, and correct the prediction.")
     ] = False,
+    rates: Annotated[
+        bool, typer.Option("--rates/--no-rates", help="Whether --probe also tries learning rates.")
+    ] = True,
     lang: Annotated[Language, typer.Option("--lang", help="Language of the answer.")] = Language.en,
     as_json: Json = False,
 ) -> None:
@@ -133,7 +136,7 @@ def advise(
     if probe:
         from tunewright.probe import probed
 
-        answer = probed(answer, _hear(as_json))
+        answer = probed(answer, _hear(as_json), rates=rates)
     if not as_json:
         typer.echo("\n".join(answer.lines(lang.value)))
     if apply:

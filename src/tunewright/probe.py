@@ -30,10 +30,10 @@ Tell = Callable[[str], None]
 TRIES = 3
 """Plans."""
 _STEPS = 10
-_PATIENCE = 5.0
+_PATIENCE = 10.0
 """Seconds after which fewer steps are enough."""
-_COLD = 3
-"""Steps that also warm up."""
+_NEVER = 1 << 30
+"""A step that no run comes to: measuring is rehearsed before the first one, and not done."""
 _NEARLY = 1.3
 """What is computed may be a little too much: a plan that does not fit by so little is tried all the same."""
 _LEAST = 256
@@ -198,7 +198,9 @@ class _Bench:
         if search and self.question.leaves_open(MICRO):
             whole["train"].pop("micro_tokens", None)
             whole["fast"] = _searching(whole.get("fast", True))
-        whole["train"] |= {"save_every": 0, "eval_every": 0} | ({"max_steps": steps} if steps else {})
+        measured = not steps and whole.get("evaluate", {}).get("enabled", True)
+        whole["train"] |= {"save_every": 0, "eval_every": _NEVER if measured else 0}
+        whole["train"] |= {"max_steps": steps} if steps else {}
         whole |= {"evaluate": {"enabled": False}, "output": str(self.folder / name)}
         recipe = yaml.safe_dump(whole, allow_unicode=True)
         device = self.question.situation.fleet.device
@@ -209,16 +211,14 @@ class _Bench:
         return children.first_steps(recipe, self.folder / name, self.folder, name, count, patience, memory)
 
     def _measured(self, plan: Plan, begun: Begun) -> Plan:
-        steps, (train, *_) = begun.of("step"), begun.of("train")
-        warm = steps[min(_COLD, len(steps) - 1) - 1 :]
-        each = (warm[-1]["time"] - warm[0]["time"]) / max(1, len(warm) - 1)
-        rate = (warm[-1]["tokens"] - warm[0]["tokens"]) / max(1e-9, warm[-1]["time"] - warm[0]["time"])
-        peak = float(steps[-1]["memory"])
+        steps, pace = begun.of("step"), begun.pace()
+        rate, peak = pace.tokens_per_second, float(steps[-1]["memory"])
+        seconds = begun.of("train")[0]["steps"] * pace.each + pace.cold
         done = Measured("", plan.method, float("nan"), None, rate, peak, True, len(steps))
         memory = self.question.situation.fleet.device.memory
         now = _with(plan, micro_tokens=_at_a_time(begun))
         return in_time(self.question.situation, replace(
-            now, measured=done, tokens_per_second=rate, hours=train["steps"] * each / 3600,
+            now, measured=done, tokens_per_second=rate, hours=seconds / 3600,
             fits=peak <= (1 - MEASURED_HEADROOM) * memory,
             tuned=(MICRO,) if self.question.leaves_open(MICRO) else (),
         ))  # fmt: skip

@@ -12,6 +12,7 @@ from tunewright.core.units import peak_memory_bytes
 from tunewright.data.prepare import statistics
 from tunewright.evaluate import card
 from tunewright.evaluate.harness import Examination
+from tunewright.fast import arena
 from tunewright.jobs import Job
 from tunewright.models.announce import announced
 from tunewright.regularizers import Old
@@ -65,6 +66,10 @@ class StageRun:
 
     def run(self, resumed: Callable[[], None]) -> Tree:
         """The metrics; ``resumed`` is called once it is clear that training can go on."""
+        with arena.around(self.job.stage.fast):
+            return self._run(resumed)
+
+    def _run(self, resumed: Callable[[], None]) -> Tree:
         import torch
 
         from tunewright.core.rng import derive

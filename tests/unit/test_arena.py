@@ -9,6 +9,7 @@ import torch
 from techniques import work
 from torch import nn
 
+from tunewright import fast
 from tunewright.fast import arena, process
 from tunewright.fast.arena import Arena
 
@@ -32,6 +33,30 @@ def test_large_tensors_lie_there_and_small_ones_do_not() -> None:
         del large
         assert arena.told().taken == before
     assert len(small) == MB // 32
+
+
+@needs_arena
+def test_a_whole_stage_lies_there_and_its_training_does_not_end_it() -> None:
+    before = arena.told().taken
+    with arena.around({"packing": False}):
+        loaded = block(2)
+        with Arena().on(work(MODEL)):
+            learned = block(3)
+        measured = block(4)
+        assert arena.told().taken == before + 9 * MB
+        del learned
+    after = block(5)
+    assert arena.told().taken == before + 6 * MB
+    assert len(loaded) + len(measured) + len(after) == 11 * MB
+
+
+@pytest.mark.parametrize("switches", [False, {"arena": False}])
+def test_switched_off_it_is_for_no_part_of_a_stage(switches: fast.Switches) -> None:
+    before = arena.told().taken if not LACKING else 0
+    with arena.around(switches):
+        held = block(2)
+        assert LACKING or arena.told().taken == before
+    assert len(held) == 2 * MB
 
 
 @needs_arena

@@ -27,6 +27,14 @@ def test_a_few_steps_are_enough_once_they_took_long(tmp_path: Path) -> None:
     assert children._is_enough(log, 5, 50.0)
 
 
+def test_a_pace_is_that_of_warm_steps() -> None:
+    times = [4.0, 7.0, 9.0, 11.0, 13.0]
+    steps = [{"kind": "step", "step": n, "time": time, "tokens": 100 * n} for n, time in enumerate(times, 1)]
+    begun = [{"kind": "train", "time": 0.0}, *steps]
+    assert children.Begun(begun, "").pace() == children.Pace(50.0, 2.0, 3.0)
+    assert children.Begun(begun[:2], "").pace() == children.Pace(25.0, 4.0, 0.0)
+
+
 def test_what_does_not_begin_is_told(tmp_path: Path) -> None:
     begun = children.first_steps("model: nowhere\ndata: x.jsonl\n", tmp_path / "run", tmp_path, "one", 3)
     assert "nowhere" in begun.reason

@@ -13,6 +13,8 @@ from tunewright.children import Begun
 from tunewright.core.errors import UserError
 
 SLOWER, PEAK, TOKENS = 0.5, 1 << 20, 2048
+COLD = 3.0
+"""Seconds that the first step takes longer."""
 
 
 @pytest.fixture
@@ -36,6 +38,8 @@ class World:
     loss: Callable[[float], float] = lambda rate: 1.0
     faster: Callable[[str], float] = lambda precision: 1.0
     limit: int = 0
+    measures: bool = True
+    """Whether measuring is a part of the run, whose memory is told, too."""
 
     def run(self, recipe, output, folder, name, count, patience, memory) -> Begun:
         stage = recipes.load(yaml.safe_load(recipe)).stages[0]
@@ -44,15 +48,16 @@ class World:
         self.begun.append((method, train))
         assert memory == self.limit
         assert not stage.evaluate.enabled
+        assert bool(stage.train.eval_every) is (self.measures and not stage.train.max_steps)
         if reason := self.reason(method, train):
             return Begun([], reason)
         each = TOKENS / (SLOWER * self.predicted[method] * self.faster(stage.precision))
         micro = train["micro_tokens"] or 1024
         steps = [
-            {"kind": "step", "tokens": TOKENS * n, "time": each * n, "memory": self.peak(method, train), "loss": self.loss(train["lr"])}
+            {"kind": "step", "step": n, "tokens": TOKENS * n, "time": COLD + each * n, "memory": self.peak(method, train), "loss": self.loss(train["lr"])}
             for n in range(1, count + 1)
         ]  # fmt: skip
-        return Begun([{"kind": "train", "steps": 60, "micro_tokens": micro}, *steps], "")
+        return Begun([{"kind": "train", "time": 0.0, "steps": 60, "micro_tokens": micro}, *steps], "")
 
     def dials(self, name: str) -> list:
         """One of all runs."""
@@ -78,7 +83,7 @@ def test_what_was_measured_replaces_what_was_predicted(answer, world):
     for before, plan in zip(answer.plans, after.plans, strict=True):
         assert plan.tokens_per_second == pytest.approx(SLOWER * before.tokens_per_second)
     first = after.plans[0]
-    assert first.hours * 3600 == pytest.approx(60 * TOKENS / first.tokens_per_second)
+    assert first.hours * 3600 == pytest.approx(COLD + 60 * TOKENS / first.tokens_per_second)
     assert after.plans[3].hours == pytest.approx(answer.plans[3].hours / SLOWER)
     assert [plan.memory for plan in after.plans[:3]] == [PEAK] * 3
     assert after.plans[3].measured is None
@@ -137,6 +142,16 @@ def test_what_a_recipe_says_stays(tmp_path, answer, world):
     assert set(world.dials("lr")) == {7e-4}
     assert set(world.dials("micro_tokens")) == {512}
     assert {"lr": 7e-4, "micro_tokens": 512, "epochs": 2}.items() <= after.stage()["train"].items()
+
+
+def test_measuring_is_rehearsed_only_where_it_is_done(tmp_path, answer, world):
+    world.measures = False
+    stage = {
+        "model": "builtin:pico", "data": {"train": str(answer.question.data.train[0].path)}, "method": {"name": "auto"},
+        "evaluate": {"enabled": False},
+    }  # fmt: skip
+    found(advise.answer_about(stage, {"runs": str(tmp_path)}), tries=1)
+    assert world.begun
 
 
 def test_a_plan_that_failed_comes_last_with_its_reason(answer, world):

@@ -8,13 +8,16 @@ step, the size of its largest tensor. In an arena of their own tensors leave not
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _native
+from tunewright.fast import Switches, Technique, Work, _native
+from tunewright.models.load import best_device
 
 _CODE = "_arena"
+_entered: list[None] = []
+"""One entry for each time that it was begun and has not ended."""
 
 
 class Arena(Technique):
@@ -29,16 +32,31 @@ class Arena(Technique):
         """It is for CPUs, and built by the machine's compiler."""
         return "the device has its own allocator" if work.device.type != "cpu" else prepare()
 
-    @contextmanager
-    def on(self, work: Work) -> Iterator[None]:
+    def on(self, work: Work) -> AbstractContextManager[None]:
         """Tensors that outlive it stay valid; their memory goes to the system when they are dropped."""
-        code = _native.library(_CODE)
-        ctypes.CDLL(None).malloc_trim(0)  # what loading left in the heap would not be used again
-        code.begin()
-        try:
-            yield
-        finally:
+        return _begun()
+
+
+@contextmanager
+def _begun() -> Iterator[None]:
+    code = _native.library(_CODE)
+    ctypes.CDLL(None).malloc_trim(0)  # what was left in the heap may not be used again
+    _entered.append(None)
+    code.begin()
+    try:
+        yield
+    finally:
+        _entered.pop()
+        if not _entered:
             code.end()
+
+
+def around(switches: Switches) -> AbstractContextManager[None]:
+    """For what comes before and after training too, as the recipe's ``switches`` have it: the most that loading and
+    measuring take of the heap depends on where small blocks happen to lie, and differs by 4 % from run to run.
+    """
+    wanted = switches if isinstance(switches, bool) else switches.get("arena", True)
+    return _begun() if wanted and best_device() == "cpu" and not prepare() else nullcontext()
 
 
 class Told(NamedTuple):
