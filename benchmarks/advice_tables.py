@@ -40,7 +40,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "a control group sets. Each was written by `tunewright advise --probe --apply` under its limit, and then run under it for "
         "{steps} steps and a measurement: {ours} of {count} came to their end. For {refused} more that were drawn it wrote none and "
         "said that nothing fits. The same model, rows, length and steps with TRL 1.16 at "
-        "its defaults (LoRA where an adapter was advised, else all weights): {trl} of {count}. What the probe said of memory was off "
+        "its defaults (LoRA where an adapter was advised, else all weights): {trl} of the first {beside}. What the probe said of memory was off "
         "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}; {near_speed} of {ours} speeds were within 15 %. "
         "{near_memory} of {ours} peaks were within 3 %; those of one recipe run three times differed by 11 %. Measured on two cores: {processor}.",
         "limits_head": "| model | objective | goal | length | limit | advised | memory, foretold | measured | tokens/s, foretold | measured | TRL |\n"
@@ -68,7 +68,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "limits_note": "随机抽取 {count} 份配方（`benchmarks/limits.yaml`）：模型、目标、目的、长度，以及由控制组设定的内存上限。每份都在上限之内由 "
         "`tunewright advise --probe --apply` 写出，再在同一上限之内运行 {steps} 步并评测：{count} 份中有 {ours} 份运行到底。另有 {refused} 份抽中的，"
         "它没有写出配方，并说明什么都放不下。同样的模型、数据、长度和步数，"
-        "用 TRL 1.16 的默认设置（建议为适配器时用 LoRA，否则全参数）：{count} 份中有 {trl} 份。试运行对内存的预测，误差中位数 {memory}，最大 {worst_memory}；"
+        "用 TRL 1.16 的默认设置（建议为适配器时用 LoRA，否则全参数）：前 {beside} 份中有 {trl} 份。试运行对内存的预测，误差中位数 {memory}，最大 {worst_memory}；"
         "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}；{ours} 个速度中有 {near_speed} 个误差在 15% 以内。"
         "{ours} 个峰值中有 {near_memory} 个误差在 3% 以内；同一配方运行三次，峰值相差 11%。在两个核上测量：{processor}。",
         "limits_head": "| 模型 | 目标 | 目的 | 长度 | 上限 | 建议 | 内存预测 | 实测 | 词元/秒预测 | 实测 | TRL |\n"
@@ -125,7 +125,8 @@ def limits(language: str) -> list[str]:
     rows, ended = found["rows"], [row["ours"] for row in found["rows"] if row["ours"]["finished"]]
     told: Tree = {"count": len(rows), "steps": found["steps"], "ours": len(ended)}
     told["refused"] = len(found["refused"])
-    told["trl"] = sum(row["trl"]["finished"] for row in rows)
+    beside = [row["trl"]["finished"] for row in rows if "trl" in row]
+    told |= {"trl": sum(beside), "beside": len(beside)}
     for name, key in (("memory", "memory"), ("speed", "tokens_per_second")):
         errors = sorted(abs(one["foretold"][key] / one["measured"][key] - 1) for one in ended)
         told |= {name: f"{median(errors):.1%}", f"worst_{name}": f"{errors[-1]:.1%}"}
@@ -150,7 +151,7 @@ def _limited(row: Tree, words: Tree) -> list[str]:
     chosen += [words["again"]] if dials.get("gradient_checkpointing") else []
     return [
         case["model"], case["objective"], case["goal"], str(case["length"]), f"{case['limit']:,} MB",
-        ", ".join(filter(None, chosen)), *figures, words[row["trl"]["ended"]],
+        ", ".join(filter(None, chosen)), *figures, words[row["trl"]["ended"]] if "trl" in row else "",
     ]  # fmt: skip
 
 

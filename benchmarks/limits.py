@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     LOG.parent.mkdir(parents=True, exist_ok=True)
     found = list[Tree]()
     for case in drawn(spec):
-        if sum("refused" not in row["ours"] for row in found) == spec["cases"]:
+        count = sum("refused" not in row["ours"] for row in found)
+        if count == spec["cases"]:
             break
         row = known.setdefault(json.dumps(case), {"case": case})
         if given.told and "ours" not in row:
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["processor"] = machine.processor()
             row["ours"] = _ours(case, files, spec["steps"])
         found.append(row)
-        if "trl" not in row and "refused" not in row["ours"]:
+        if "trl" not in row and "refused" not in row["ours"] and count < spec["beside"]:
             row["trl"] = _trl(case, row["ours"], files, spec["steps"])
         rows.write(LOG, list(known.values()))
         print(_line(row), flush=True)
@@ -84,7 +85,7 @@ def drawn(spec: Tree) -> Iterator[Tree]:
 def write(found: Sequence[Tree], steps: int) -> None:
     """Keep what docs/advice.md shows."""
     written = [row for row in found if "refused" not in row["ours"]]
-    kept = [{**row, "trl": _briefly(row["trl"])} for row in written]
+    kept = [{**row, "trl": _briefly(row["trl"])} if "trl" in row else row for row in written]
     lines = ",\n".join(map(json.dumps, kept))
     refused = json.dumps(
         [{"case": row["case"], "processor": row["processor"]} for row in found if row not in written]

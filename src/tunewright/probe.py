@@ -168,7 +168,7 @@ class _Bench:
             return plan
         each = plan.batch / plan.tokens_per_second
         budget = max(_RATE_SECONDS, _RATE_SHARE * plan.hours * 3600)
-        steps = min(int(budget / (_RATES * each)), _RATE_STEPS[1], round(plan.hours * 3600 / each))
+        steps = min(int(budget / (_RATES * each)), _RATE_STEPS[1], round(plan.steps))
         if steps < _RATE_STEPS[0]:
             words = Words("No rates were tried, it would take too long.", "没有试学习率：耗时过长。")
             return replace(plan, reasons=(*plan.reasons, words))
@@ -213,12 +213,12 @@ class _Bench:
     def _measured(self, plan: Plan, begun: Begun) -> Plan:
         steps, pace = begun.of("step"), begun.pace()
         rate, peak = pace.tokens_per_second, float(steps[-1]["memory"])
-        seconds = begun.of("train")[0]["steps"] * pace.each + pace.cold
+        seconds = pace.cold + begun.of("train")[0]["steps"] * pace.each
         done = Measured("", plan.method, float("nan"), None, rate, peak, True, len(steps))
         memory = self.question.situation.fleet.device.memory
         now = _with(plan, micro_tokens=_at_a_time(begun))
         return in_time(self.question.situation, replace(
-            now, measured=done, tokens_per_second=rate, hours=seconds / 3600,
+            now, measured=done, tokens_per_second=rate, hours=seconds / 3600, cold=pace.cold,
             fits=peak <= (1 - MEASURED_HEADROOM) * memory,
             tuned=(MICRO,) if self.question.leaves_open(MICRO) else (),
         ))  # fmt: skip

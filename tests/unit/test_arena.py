@@ -1,5 +1,6 @@
 """Memory of large tensors apart: what is taken is whole and its own, what is freed is used again, and nothing is lost."""
 
+import mmap
 import random
 import threading
 from pathlib import Path
@@ -94,6 +95,21 @@ def test_the_same_step_again_needs_no_more_memory_however_many_small_blocks_stay
             reaches.append(arena.told().reach)
             held.clear()
     assert len(set(reaches[2:])) == 1
+
+
+@needs_arena
+def test_what_else_is_mapped_does_not_lie_in_its_way() -> None:
+    with Arena().on(work(MODEL)):
+        more = arena.told().reach / MB + 64
+        first = block(more)
+        others = [mmap.mmap(-1, 64 * MB) for _ in range(4)]
+        second = block(more + 64)
+        reach = arena.told().reach
+        del first, second
+        whole = block(2 * more)
+        assert arena.told().reach == reach
+    assert len(whole) == int(2 * more * MB)
+    assert len(others) == 4
 
 
 @needs_arena

@@ -45,6 +45,7 @@ class Plan:
     """Of one device."""
     fits: bool
     tokens_per_second: float
+    """Once it is warm, where it was tried."""
     hours: float
     trainable: int
     artifact_bytes: int
@@ -63,6 +64,8 @@ class Plan:
     measured: Measured | None = None
     tuned: tuple[str, ...] = ()
     """Dials whose values were found by trying, such as ``train.lr``."""
+    cold: float = 0.0
+    """Seconds of ``hours`` that the first steps take beyond what later ones do, where it was tried."""
 
     @property
     def method(self) -> str:
@@ -72,8 +75,12 @@ class Plan:
     @property
     def warmup(self) -> float:
         """Share of the steps over which the rate rises: some forty, which are much of a short run."""
-        steps = max(1.0, self.hours * 3600 * self.tokens_per_second / self.batch)
-        return round(min(_LONGEST_WARM, max(_LEAST_WARM, _WARM / steps)), 2)
+        return round(min(_LONGEST_WARM, max(_LEAST_WARM, _WARM / max(1.0, self.steps))), 2)
+
+    @property
+    def steps(self) -> float:
+        """Of the optimizer, about."""
+        return (self.hours * 3600 - self.cold) * self.tokens_per_second / self.batch
 
     @property
     def memory(self) -> float:
@@ -244,11 +251,12 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
 
 def in_time(situation: Situation, plan: Plan) -> Plan:
     """With as many passes over the data as end by the deadline: one at least, and no more than are wanted without one."""
-    given, per_pass = situation.given, plan.hours * 3600 / plan.epochs
+    given, per_pass = situation.given, (plan.hours * 3600 - plan.cold) / plan.epochs
     if not situation.deadline or given.epochs or given.steps or not per_pass:
         return plan
-    epochs = min(plan.wanted, max(1.0, math.floor(100 * situation.deadline / per_pass) / 100))
-    return replace(plan, epochs=epochs, hours=epochs * per_pass / 3600)
+    left = situation.deadline - plan.cold
+    epochs = min(plan.wanted, max(1.0, math.floor(100 * left / per_pass) / 100))
+    return replace(plan, epochs=epochs, hours=(epochs * per_pass + plan.cold) / 3600)
 
 
 def _always(rule: Rule) -> bool:

@@ -52,11 +52,12 @@ def tree(question: Question, plan: Plan, language: str = "en") -> Tree:
 
 
 def _advised(question: Question, plan: Plan, language: int) -> Tree:
+    mean = plan.steps * plan.batch / (plan.hours * 3600)  # as the run tells it, with its first steps
     return {
         "method": plan.method,
         "why": [words[language] for words in reasons.of(question.situation, plan)],
         "memory": round(plan.memory),
-        "tokens_per_second": _rounded(plan.tokens_per_second),
+        "tokens_per_second": _rounded(mean),
         "seconds": _rounded(plan.hours * 3600),
         "tried": plan.measured.steps if plan.measured else 0,
     }

@@ -6,7 +6,10 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -23,7 +26,8 @@ struct Arena {
     std::mutex busy;
     std::map<char*, size_t> free, used;            // by address
     std::set<std::pair<size_t, char*>> by_size;    // the free ones
-    size_t reach = 0, taken = 0, most = 0;         // bytes: mapped, in use, in use at most
+    size_t reach = 0, taken = 0, most = 0;         // bytes: to be had, in use, in use at most
+    char *floor = nullptr, *edge = nullptr;        // addresses that are reserved and not yet to be had
     bool resting = true;                           // nothing is taken; what comes back goes to the system
 
     void put(char* at, size_t size) {
@@ -46,14 +50,40 @@ struct Arena {
         by_size.insert({size, at});
     }
 
-    // More addresses, below those there are: a free piece at their beginning needs only what it lacks.
+    // Addresses for all that the machine has. They are no memory; but whatever else the process maps does not come to lie
+    // where the arena grows, so that a large tensor never finds two pieces which together would be large enough.
+    void reserve() {
+        rlimit most;
+        if (getrlimit(RLIMIT_AS, &most) || most.rlim_cur != RLIM_INFINITY) return;  // they would be counted
+        const size_t size = up(size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)), GROWTH);
+        void* found = mmap(nullptr, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (found == MAP_FAILED) return;
+        floor = reinterpret_cast<char*>(up(reinterpret_cast<uintptr_t>(found), HUGE));
+        edge = floor + size;
+        madvise(floor, size, MADV_HUGEPAGE);
+    }
+
+    // The next of them.
+    bool deepen(size_t size) {
+        if (!edge) reserve();
+        const auto above = free.find(edge);  // a free piece there needs only what it lacks
+        if (above != free.end()) size -= std::min(size, above->second);
+        size = up(size, GROWTH);
+        if (size_t(edge - floor) < size || mprotect(edge - size, size, PROT_READ | PROT_WRITE)) return false;
+        edge -= size;
+        reach += size;
+        put(edge, size);
+        return true;
+    }
+
+    // More addresses where none are reserved, below those there are: a free piece at their beginning needs only what it lacks.
     bool grow(size_t size, bool elsewhere) {
         char* first = nullptr;
         if (!elsewhere && !(free.empty() && used.empty())) {
             first = free.empty() ? used.begin()->first
                   : used.empty() ? free.begin()->first : std::min(free.begin()->first, used.begin()->first);
-            auto edge = free.find(first);
-            if (edge != free.end() && edge->second < size) size -= edge->second;
+            auto lowest = free.find(first);
+            if (lowest != free.end() && lowest->second < size) size -= lowest->second;
         }
         size = up(size, GROWTH);
         void* hint = first ? first - size : nullptr;
@@ -72,6 +102,7 @@ struct Arena {
         if (resting) return nullptr;
         const size_t size = up(bytes, PIECE);
         auto fit = by_size.lower_bound({size, nullptr});
+        if (fit == by_size.end() && deepen(size)) fit = by_size.lower_bound({size, nullptr});
         for (const bool elsewhere : {false, true}) {  // the system need not map where it is asked to
             if (fit != by_size.end()) break;
             if (!grow(size, elsewhere)) return nullptr;
