@@ -1,11 +1,13 @@
 """How well memory is foretold: ``python -m benchmarks.advice`` measures every case of advice.yaml, and goes on where it was
-stopped. Each case is foretold in one process and run in another, for a few steps; peaks are the processes' own.
+stopped. Each case is foretold in one process, begun in another as a probe begins it, and run in a third, for a few steps;
+peaks are the processes' own.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks import models, rows
+from tunewright import children
 
 Tree = dict[str, Any]
 HERE = Path(__file__).parent
@@ -30,32 +33,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fixtures", type=Path, default=models.FIXTURES)
     parser.add_argument("--again", action="store_true", help="Foretell anew what was measured before.")
+    parser.add_argument("--models", default="", help="Some of them, with commas between.")
     given = parser.parse_args(arguments)
     spec = yaml.safe_load((HERE / "advice.yaml").read_text())
     known = {json.dumps(row["case"]): row for row in rows.read(LOG)} if LOG.exists() else {}
     LOG.parent.mkdir(parents=True, exist_ok=True)
-    for case in spec["cases"]:
+    wanted = given.models.split(",") if given.models else spec["models"]
+    for case in (case for case in spec["cases"] if case["model"] in wanted):
         row = known.get(json.dumps(case), {"case": case})
         overrides = _recipe(case, spec["models"][case["model"]], given.fixtures)
         if given.again or "foreseen" not in row:
             row["foreseen"] = _child("foresee", overrides)
         if "measured" not in row:
             row["measured"] = _child("measure", overrides)
+        if "probed" not in row:
+            row["probed"] = _probed(overrides)
         known[json.dumps(case)] = row
         rows.write(LOG, list(known.values()))
         print(_line(row), flush=True)
-    write([row for row in known.values() if _error(row) is not None])
+    write([row for row in known.values() if _error(row) is not None], spec["cases"])
 
 
-def write(found: Sequence[Tree]) -> None:
-    """Keep what docs/advice.md shows, and tell how near it came."""
-    kept = [
-        {"case": row["case"], "foreseen": row["foreseen"]["peak"], "measured": row["measured"]["peak"]}
-        for row in found
-    ]
-    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
-    errors = sorted(abs(row["foreseen"] / row["measured"] - 1) for row in kept)
-    print(f"{len(errors)} cases, median error {median(errors):.1%}, worst {errors[-1]:.1%}")
+def write(found: Sequence[Tree], cases: Sequence[Tree]) -> None:
+    """Keep what docs/advice.md shows, beside what it shows of other cases, and tell how near it came."""
+    kept = {json.dumps(row["case"]): row for row in json.loads(RESULTS.read_text())}
+    for row in found:
+        peaks = {of: row[of]["peak"] for of in ("foreseen", "probed", "measured") if "peak" in row[of]}
+        kept[json.dumps(row["case"])] = {"case": row["case"], **peaks}
+    ordered = [kept[key] for key in map(json.dumps, cases) if key in kept]
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n")
+    for of in ("foreseen", "probed"):
+        errors = sorted(abs(row[of] / row["measured"] - 1) for row in ordered if of in row)
+        if errors:
+            print(f"{of}: {len(errors)} cases, median error {median(errors):.1%}, worst {errors[-1]:.1%}")
 
 
 def _line(row: Tree) -> str:
@@ -63,8 +73,8 @@ def _line(row: Tree) -> str:
     told = " ".join(f"{value}" for value in row["case"].values())
     if error is None:
         return f"{told}: {row['foreseen'].get('failed') or row['measured'].get('failed')}"
-    peaks = (row[of]["peak"] / 1e6 for of in ("foreseen", "measured"))
-    return f"{told}: foretold {next(peaks):,.0f} MB, measured {next(peaks):,.0f} MB, {error:+.1%}"
+    peaks = (row[of].get("peak", 0) / 1e6 for of in ("foreseen", "probed", "measured"))
+    return f"{told}: foretold {next(peaks):,.0f} MB, begun {next(peaks):,.0f} MB, measured {next(peaks):,.0f} MB, {error:+.1%}"
 
 
 def _error(row: Tree) -> float | None:
@@ -83,6 +93,15 @@ def _child(what: str, recipe: Tree) -> Tree:
         return {"failed": done.stderr[-600:]}
     found: Tree = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _probed(recipe: Tree) -> Tree:
+    """The peak of its first steps, in a run that is ended there; with two steps in all they are the whole training."""
+    folder = Path(recipe["output"]).parent / "probe"
+    shutil.rmtree(folder, ignore_errors=True)
+    written = yaml.safe_dump({**recipe, "output": str(folder / "run")})
+    begun = children.first_steps(written, folder / "run", folder, "probe", _STEPS)
+    return {"failed": begun.reason} if begun.reason else {"peak": begun.of("step")[-1]["memory"]}
 
 
 def _recipe(case: Tree, spec: Tree, fixtures: Path) -> Tree:

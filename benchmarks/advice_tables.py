@@ -34,7 +34,10 @@ WORDS: dict[str, dict[str, Any]] = {
         "against the peak of real processes: {count} cases, median error {median}, worst {worst}. Shapes with random weights, two "
         "steps each; 4,096 tokens a step of rows of up to 256 and `fast.compile` off where nothing else is said. Farthest off "
         "are small mixtures with BitFit or QLoRA and a GPT-2 that computes blocks again: 10 to 13 % less is foreseen than they take.",
-        "foreseen_head": "| model | method | objective | precision | else | foreseen | measured | error |\n|---|---|---|---|---|---:|---:|---:|",
+        "probed_note": "*Begun* is what `--probe` goes by: the first steps of the real run, here both, in a process of its own that is "
+        "ended there. {probed} of the cases were begun so: median error {probed_median}, worst {probed_worst}.",
+        "foreseen_head": "| model | method | objective | precision | else | foreseen | error | begun | error | measured |\n"
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|",
         "limits": "## Under a memory limit",
         "limits_note": "{count} recipes were drawn at random (`benchmarks/limits.yaml`): model, objective, goal, length and a limit that "
         "a control group sets. Each was written by `tunewright advise --probe --apply` under its limit, and then run under it for "
@@ -42,7 +45,8 @@ WORDS: dict[str, dict[str, Any]] = {
         "said that nothing fits. The same model, rows, length and steps with TRL 1.16 at "
         "its defaults (LoRA where an adapter was advised, else all weights): {trl} of the first {beside}. What the probe said of memory was off "
         "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}; {near_speed} of {ours} speeds were within 15 %. "
-        "{near_memory} of {ours} peaks were within 3 %; those of one recipe run three times differed by 11 %. Measured on two cores: {processor}.",
+        "{near_memory} of {ours} peaks were within 3 %. Speeds are those of warm steps in both, and no learning rates were tried. "
+        "Measured on two cores: {processor}.",
         "limits_head": "| model | objective | goal | length | limit | advised | memory, foretold | measured | tokens/s, foretold | measured | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
         "ended": "ended", "failed": "out of memory", "other": "failed", "again": "recomputed",
@@ -63,14 +67,17 @@ WORDS: dict[str, dict[str, Any]] = {
         "真实的，不读取权重，也不为任何一种另写公式。如果需要的多于空闲的，它会说明，并给出放得下的最省改动。`make bench-advice` 把预计与真实进程的峰值对照："
         "{count} 种情形，误差中位数 {median}，最大 {worst}。模型为随机权重，各两步；未注明时每步 4,096 个词元，每行最多 256 个，`fast.compile` 关闭。"
         "相差最大的是用 BitFit 或 QLoRA 的小型混合专家模型，以及重算各层的 GPT-2：预计比实际少 10% 至 13%。",
-        "foreseen_head": "| 模型 | 方法 | 目标 | 精度 | 其他 | 预计 | 实测 | 误差 |\n|---|---|---|---|---|---:|---:|---:|",
+        "probed_note": "“试运行”是 `--probe` 的依据：真实运行的前几步（这里是全部两步），在单独的进程中，到此为止。其中 {probed} 种情形这样试过：误差中位数 {probed_median}，"
+        "最大 {probed_worst}。",
+        "foreseen_head": "| 模型 | 方法 | 目标 | 精度 | 其他 | 预计 | 误差 | 试运行 | 误差 | 实测 |\n"
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|",
         "limits": "## 内存受限时",
         "limits_note": "随机抽取 {count} 份配方（`benchmarks/limits.yaml`）：模型、目标、目的、长度，以及由控制组设定的内存上限。每份都在上限之内由 "
         "`tunewright advise --probe --apply` 写出，再在同一上限之内运行 {steps} 步并评测：{count} 份中有 {ours} 份运行到底。另有 {refused} 份抽中的，"
         "它没有写出配方，并说明什么都放不下。同样的模型、数据、长度和步数，"
         "用 TRL 1.16 的默认设置（建议为适配器时用 LoRA，否则全参数）：前 {beside} 份中有 {trl} 份。试运行对内存的预测，误差中位数 {memory}，最大 {worst_memory}；"
         "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}；{ours} 个速度中有 {near_speed} 个误差在 15% 以内。"
-        "{ours} 个峰值中有 {near_memory} 个误差在 3% 以内；同一配方运行三次，峰值相差 11%。在两个核上测量：{processor}。",
+        "{ours} 个峰值中有 {near_memory} 个误差在 3% 以内。两边的速度都取预热之后的步，没有试学习率。在两个核上测量：{processor}。",
         "limits_head": "| 模型 | 目标 | 目的 | 长度 | 上限 | 建议 | 内存预测 | 实测 | 词元/秒预测 | 实测 | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
         "ended": "完成", "failed": "内存不足", "other": "失败", "again": "重算激活值",
@@ -102,21 +109,28 @@ def _chosen(row: Tree, words: Tree, language: str) -> list[str]:
 def foreseen(language: str) -> list[str]:
     """What `run` foresees of memory beside what was measured, by advice.json."""
     words, rows = WORDS[language], _read("advice")
-    errors = sorted(abs(row["foreseen"] / row["measured"] - 1) for row in rows)
-    told = {"count": len(rows), "median": f"{median(errors):.1%}", "worst": f"{errors[-1]:.1%}"}
+    told = _errors(rows, "foreseen")
+    notes = [words["foreseen_note"].format(**told, count=len(rows))]
+    if any("probed" in row for row in rows):
+        probed = {f"probed_{name}": value for name, value in _errors(rows, "probed").items()}
+        notes.append(words["probed_note"].format(**probed, probed=sum("probed" in row for row in rows)))
     table = [_foreseen(row) for row in rows]
-    return [
-        words["foreseen"],
-        words["foreseen_note"].format(**told),
-        "\n".join([words["foreseen_head"], *table]),
-    ]
+    return [words["foreseen"], *notes, "\n".join([words["foreseen_head"], *table])]
+
+
+def _errors(rows: list[Tree], of: str) -> Tree:
+    """The median and the worst, of those that have it."""
+    errors = sorted(abs(row[of] / row["measured"] - 1) for row in rows if of in row)
+    return {"median": f"{median(errors):.1%}", "worst": f"{errors[-1]:.1%}"}
 
 
 def _foreseen(row: Tree) -> str:
-    case, sizes = dict(row["case"]), [f"{row[of] / 1e6:,.0f} MB" for of in ("foreseen", "measured")]
+    case, cells = dict(row["case"]), list[str]()
     own = [case.pop("model"), case.pop("method"), case.pop("objective", "sft"), case.pop("precision", "bf16")]
     dials = ", ".join(f"{name} {value}".replace(" True", "") for name, value in case.items())
-    return f"| {' | '.join([*own, dials, *sizes])} | {row['foreseen'] / row['measured'] - 1:+.1%} |"
+    for of in ("foreseen", "probed"):
+        cells += [_megabytes(row[of]), f"{row[of] / row['measured'] - 1:+.1%}"] if of in row else ["", ""]
+    return _cells([*own, dials, *cells, _megabytes(row["measured"])])
 
 
 def limits(language: str) -> list[str]:
