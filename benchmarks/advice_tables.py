@@ -22,8 +22,9 @@ WORDS: dict[str, dict[str, Any]] = {
         "{near:.0%} on {tuned} of {tuned_all} tasks, and on {fresh} of {fresh_all} fresh ones. The first are in-sample: rules and rates "
         "were changed by what these trials showed, the warm-up by the task marked as seen; no rule for a fresh task. *Computed* is the "
         "regret of `advise` alone, without the range test of `--probe`. *Median* and *worst* are of methods at their computed rates: "
-        "what a blind pick comes to. One seed and few steps; a longer run may rank methods otherwise. {least} to {most} of {all} "
-        "methods were tried a task.",
+        "what a blind pick comes to. One seed and few steps; a longer run may rank methods otherwise. Of {all} methods {tried} were "
+        "tried on each of the {tuned_all} tasks, {tried_else} on the others.",
+        "range": "{} to {}",
         "choice_head": "| task | advised | its loss | best found | its loss | regret | computed | median | worst | trials |\n"
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "tuned": "", "seen": " (seen)", "fresh": " (fresh)",
@@ -58,7 +59,8 @@ WORDS: dict[str, dict[str, Any]] = {
         "是在方法和学习率上共同搜索得到的；建议不会选的方法（例如 LISA）也在其中。遗憾值是所选方法的损失比最好的高多少（占最好值的比例）："
         "{tuned_all} 个任务中有 {tuned} 个不超过 {near:.0%}，另外 {fresh_all} 个新任务中有 {fresh} 个。前者是样本内结果：规则和学习率根据这些试验修改过，"
         "标为“看过”的任务使预热变长；没有为新任务改过规则。“仅计算”是不做 `--probe` 范围测试时的遗憾值。“中位数”和“最差”是各方法用计算出的学习率时的损失，"
-        "即随意选一种方法的结果。只有一个种子、步数很少，训练更久时名次可能不同。每个任务试过 {all} 种方法中的 {least} 至 {most} 种。",
+        "即随意选一种方法的结果。只有一个种子、步数很少，训练更久时名次可能不同。{all} 种方法中，这 {tuned_all} 个任务各试过 {tried} 种，其余任务各试过 {tried_else} 种。",
+        "range": "{} 至 {}",
         "choice_head": "| 任务 | 建议 | 损失 | 最好 | 损失 | 遗憾值 | 仅计算 | 方法中位数 | 最差 | 试验数 |\n"
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
         "tuned": "", "seen": "（看过）", "fresh": "（新）",
@@ -88,8 +90,10 @@ WORDS: dict[str, dict[str, Any]] = {
 def choice(language: str) -> list[str]:
     """What is advised beside the best of an exhaustive comparison, by choice.json."""
     words, rows = WORDS[language], _read("choice")
-    tried = [row["methods"] for row in rows]
-    told: Tree = {"near": NEAR, "least": min(tried), "most": max(tried), "all": rows[0]["of"]}
+    told: Tree = {"near": NEAR, "all": rows[0]["of"]}
+    for name, counted in (("tried", True), ("tried_else", False)):
+        tried = sorted({row["methods"] for row in rows if (row["group"] == "tuned") is counted})
+        told[name] = words["range"].format(tried[0], tried[-1]) if tried[1:] else str(tried[0])
     for group in ("tuned", "fresh"):
         regrets = [row["regret"] for row in rows if row["group"] == group]
         told |= {group: sum(regret <= NEAR for regret in regrets), f"{group}_all": len(regrets)}
