@@ -84,10 +84,12 @@ class Begun:
         return [event for event in self.log if event["kind"] == kind]
 
     def pace(self) -> "Pace":
-        """Of a run from its beginning, which has made a step or more."""
+        """Of a run from its beginning, which has made a step or more; of all of them where there are few, since they differ
+        by what is in their batches.
+        """
         train = self.of("train")[0]
         marks = [{**train, "step": 0, "tokens": 0}, *self.of("step")]
-        warm = marks[min(_COLD, len(marks) - 2) :]
+        warm = marks[_COLD if len(marks) > _FEW else 0 :]
         seconds, steps = (warm[-1][of] - warm[0][of] for of in ("time", "step"))
         cold = warm[0]["time"] - train["time"] - warm[0]["step"] * seconds / steps
         rate = (warm[-1]["tokens"] - warm[0]["tokens"]) / max(1e-9, seconds)

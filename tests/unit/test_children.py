@@ -33,6 +33,7 @@ def test_a_pace_is_that_of_warm_steps() -> None:
     begun = [{"kind": "train", "time": 0.0}, *steps]
     assert children.Begun(begun, "").pace() == children.Pace(50.0, 2.0, 3.0)
     assert children.Begun(begun[:2], "").pace() == children.Pace(25.0, 4.0, 0.0)
+    assert children.Begun(begun[:4], "").pace() == children.Pace(300 / 9, 3.0, 0.0)
 
 
 def test_what_does_not_begin_is_told(tmp_path: Path) -> None:
