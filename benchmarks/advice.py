@@ -12,12 +12,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
 
-from benchmarks import models, rows
+from benchmarks import advice_tables, models, rows
 from tunewright import children
 
 Tree = dict[str, Any]
@@ -26,6 +25,7 @@ LOG = Path("runs/benchmarks/advice.jsonl")
 RESULTS = HERE / "advice.json"
 _STEPS = 2
 _WORDS = 64
+_FIGURES = ("foreseen", "probed", "measured")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,14 +58,14 @@ def write(found: Sequence[Tree], cases: Sequence[Tree]) -> None:
     """Keep what docs/advice.md shows, beside what it shows of other cases, and tell how near it came."""
     kept = {json.dumps(row["case"]): row for row in json.loads(RESULTS.read_text())}
     for row in found:
-        peaks = {of: row[of]["peak"] for of in ("foreseen", "probed", "measured") if "peak" in row[of]}
+        peaks = {of: row[of]["peak"] for of in _FIGURES if "peak" in row.get(of, {})}
         kept[json.dumps(row["case"])] = {"case": row["case"], **peaks}
     ordered = [kept[key] for key in map(json.dumps, cases) if key in kept]
     RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n")
     for of in ("foreseen", "probed"):
-        errors = sorted(abs(row[of] / row["measured"] - 1) for row in ordered if of in row)
-        if errors:
-            print(f"{of}: {len(errors)} cases, median error {median(errors):.1%}, worst {errors[-1]:.1%}")
+        if those := [row for row in ordered if of in row]:
+            told = "{median} in the median, {worst} at most".format(**advice_tables.errors(those, of))
+            print(f"{of}: {len(those)} cases, off by {told}")
 
 
 def _line(row: Tree) -> str:
@@ -73,7 +73,7 @@ def _line(row: Tree) -> str:
     told = " ".join(f"{value}" for value in row["case"].values())
     if error is None:
         return f"{told}: {row['foreseen'].get('failed') or row['measured'].get('failed')}"
-    peaks = (row[of].get("peak", 0) / 1e6 for of in ("foreseen", "probed", "measured"))
+    peaks = (row[of].get("peak", 0) / 1e6 for of in _FIGURES)
     return f"{told}: foretold {next(peaks):,.0f} MB, begun {next(peaks):,.0f} MB, measured {next(peaks):,.0f} MB, {error:+.1%}"
 
 

@@ -46,7 +46,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "said that nothing fits. The same model, rows, length and steps with TRL 1.16 at "
         "its defaults (LoRA where an adapter was advised, else all weights): {trl} of the first {beside}. What the probe said of memory was off "
         "by {memory} in the median and {worst_memory} at most, of tokens a second by {speed} and {worst_speed}; {near_speed} of {ours} speeds were within 15 %. "
-        "{near_memory} of {ours} peaks were within 3 %. Speeds are those of warm steps in both, and no learning rates were tried. "
+        "{near_memory} of {ours} peaks were within 3 %. Speeds are those of warm steps in both (of all steps where there are fewer than five), and no learning rates were tried. "
         "Measured on two cores: {processor}.",
         "limits_head": "| model | objective | goal | length | limit | advised | memory, foretold | measured | tokens/s, foretold | measured | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
@@ -79,7 +79,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "它没有写出配方，并说明什么都放不下。同样的模型、数据、长度和步数，"
         "用 TRL 1.16 的默认设置（建议为适配器时用 LoRA，否则全参数）：前 {beside} 份中有 {trl} 份。试运行对内存的预测，误差中位数 {memory}，最大 {worst_memory}；"
         "对每秒词元数的预测，误差中位数 {speed}，最大 {worst_speed}；{ours} 个速度中有 {near_speed} 个误差在 15% 以内。"
-        "{ours} 个峰值中有 {near_memory} 个误差在 3% 以内。两边的速度都取预热之后的步，没有试学习率。在两个核上测量：{processor}。",
+        "{ours} 个峰值中有 {near_memory} 个误差在 3% 以内。两边的速度都取预热之后的步（不足五步时取全部），没有试学习率。在两个核上测量：{processor}。",
         "limits_head": "| 模型 | 目标 | 目的 | 长度 | 上限 | 建议 | 内存预测 | 实测 | 词元/秒预测 | 实测 | TRL |\n"
         "|---|---|---|---:|---:|---|---:|---:|---:|---:|---|",
         "ended": "完成", "failed": "内存不足", "other": "失败", "again": "重算激活值",
@@ -113,19 +113,19 @@ def _chosen(row: Tree, words: Tree, language: str) -> list[str]:
 def foreseen(language: str) -> list[str]:
     """What `run` foresees of memory beside what was measured, by advice.json."""
     words, rows = WORDS[language], _read("advice")
-    told = _errors(rows, "foreseen")
+    told = errors(rows, "foreseen")
     notes = [words["foreseen_note"].format(**told, count=len(rows))]
     if any("probed" in row for row in rows):
-        probed = {f"probed_{name}": value for name, value in _errors(rows, "probed").items()}
+        probed = {f"probed_{name}": value for name, value in errors(rows, "probed").items()}
         notes.append(words["probed_note"].format(**probed, probed=sum("probed" in row for row in rows)))
     table = [_foreseen(row) for row in rows]
     return [words["foreseen"], *notes, "\n".join([words["foreseen_head"], *table])]
 
 
-def _errors(rows: list[Tree], of: str) -> Tree:
+def errors(rows: list[Tree], of: str) -> Tree:
     """The median and the worst, of those that have it."""
-    errors = sorted(abs(row[of] / row["measured"] - 1) for row in rows if of in row)
-    return {"median": f"{median(errors):.1%}", "worst": f"{errors[-1]:.1%}"}
+    found = sorted(abs(row[of] / row["measured"] - 1) for row in rows if of in row)
+    return {"median": f"{median(found):.1%}", "worst": f"{found[-1]:.1%}"}
 
 
 def _foreseen(row: Tree) -> str:

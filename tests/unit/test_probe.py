@@ -87,6 +87,9 @@ def test_what_was_measured_replaces_what_was_predicted(answer, world):
     assert after.plans[3].hours == pytest.approx(answer.plans[3].hours / SLOWER)
     assert [plan.memory for plan in after.plans[:3]] == [PEAK] * 3
     assert after.plans[3].measured is None
+    told = after.stage()["advised"]
+    assert told["tokens_per_second"] * told["seconds"] == pytest.approx(60 * TOKENS, rel=1e-3)
+    assert told["tokens_per_second"] < first.tokens_per_second
     assert "predicted" in first.reasons[-1].en
 
 

@@ -53,7 +53,7 @@ def _begun() -> Iterator[None]:
 
 def around(switches: Switches) -> AbstractContextManager[None]:
     """For what comes before and after training too, as the recipe's ``switches`` have it: the most that loading and
-    measuring take of the heap depends on where small blocks happen to lie, and differs by 4 % from run to run.
+    measuring take of the heap depends on where small blocks happen to lie, and differs from run to run.
     """
     wanted = switches if isinstance(switches, bool) else switches.get("arena", True)
     return _begun() if wanted and best_device() == "cpu" and not prepare() else nullcontext()
