@@ -4,7 +4,7 @@ than there is, correct what was predicted; the dials of the first of them are th
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -17,7 +17,7 @@ from tunewright.advise import Answer
 from tunewright.advise.memory import ON_POLICY
 from tunewright.advise.past import Measured
 from tunewright.advise.placement import HEADROOM, MEASURED_HEADROOM
-from tunewright.advise.plan import Plan, in_time
+from tunewright.advise.plan import Plan, in_time, ranked
 from tunewright.advise.question import Question
 from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
 from tunewright.children import Begun
@@ -36,6 +36,8 @@ _NEVER = 1 << 30
 """A step that no run comes to: measuring is rehearsed before the first one, and not done."""
 _NEARLY = 1.3
 """What is computed may be a little too much: a plan that does not fit by so little is tried all the same."""
+_MUCH_LATER = 2.0
+"""What is computed of time may be so many times too much: what comes later than that is tried only if nothing is on time."""
 _LEAST = 256
 """Tokens at a time that are not cut further."""
 _FASTER = 1.05
@@ -50,7 +52,8 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
     """The same plans, the best of them with measured speed and memory, the speeds of the others corrected by as much;
     the first has its fastest dials, and with ``rates`` the learning rate of a range test.
 
-    Plans that ended badly or do not fit come after those that did well; among these the order stays.
+    Plans that ended badly or do not fit come after those that did well, and whether one is late is what its tried speed
+    says. The first is one that was tried, for as many tries again as were asked for.
 
     Raises:
         UserError: it was asked for another machine than this one, or without data or a model that can be trained.
@@ -60,19 +63,17 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
         what = "only plans for this machine can be tried, and devices were named"
         raise UserError(Problem("--probe", what, "leave out devices="))
     most = _NEARLY * situation.fleet.device.memory
-    first = [plan for plan in answer.plans if plan.fits or plan.memory <= most][:tries]
+    latest = _MUCH_LATER * situation.deadline
+    hoped = ranked(replace(plan, late=plan.late and plan.hours * 3600 > latest) for plan in answer.plans)
+    first = [plan for plan in hoped if plan.fits or plan.memory <= most][:tries]
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(answer.question, Path(folder), tell)
-        tried = [bench.tried(plan) for plan in first]
-        ratios = [
-            now.tokens_per_second / before.tokens_per_second
-            for before, now in zip(first, tried, strict=True)
-            if now.fits
-        ]
-        factor = geometric_mean(ratios) if ratios else 1.0
-        others = [in_time(situation, _faster(plan, factor)) for plan in answer.plans if plan not in first]
-        best, *rest = sorted([*tried, *others], key=lambda plan: not plan.fits)
-        if best in tried and best.fits:
+        tried = {plan.method: bench.tried(plan) for plan in first}
+        best, *rest = _corrected(answer, tried)
+        while best.fits and best.method not in tried and len(tried) < 2 * tries:
+            tried[best.method] = bench.tried(best)
+            best, *rest = _corrected(answer, tried)
+        if best.method in tried and best.fits:
             best = bench.settled(best)
             best = bench.rated(best) if rates else best
     return replace(answer, plans=(best, *rest))
@@ -83,6 +84,15 @@ def rated(answer: Answer, tell: Tell) -> Answer:
     with tempfile.TemporaryDirectory() as folder:
         best, *rest = answer.plans
         return replace(answer, plans=(_Bench(answer.question, Path(folder), tell).rated(best), *rest))
+
+
+def _corrected(answer: Answer, tried: Mapping[str, Plan]) -> list[Plan]:
+    """What was tried, by method, and the others as fast as that lets expect, best first."""
+    predicted = {plan.method: plan.tokens_per_second for plan in answer.plans}
+    ratios = [plan.tokens_per_second / predicted[name] for name, plan in tried.items() if plan.fits]
+    factor = geometric_mean(ratios) if ratios else 1.0
+    others = (_faster(plan, factor) for plan in answer.plans if plan.method not in tried)
+    return ranked([*tried.values(), *(in_time(answer.question.situation, plan) for plan in others)])
 
 
 def _faster(plan: Plan, factor: float) -> Plan:

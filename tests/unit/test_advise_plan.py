@@ -111,7 +111,7 @@ def test_a_deadline_is_met_by_fewer_passes_and_one_at_least() -> None:
     measured = in_time(situation(deadline=0.5 * whole), replace(plan, hours=plan.hours / 4))
     assert measured.epochs == free.epochs
     too_short_to_tell = replace(free, hours=0.0)
-    assert in_time(situation(deadline=1.0), too_short_to_tell) is too_short_to_tell
+    assert in_time(situation(deadline=1.0), too_short_to_tell) == too_short_to_tell
 
 
 def test_a_device_without_bf16_holds_fp32() -> None:

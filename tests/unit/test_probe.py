@@ -37,6 +37,8 @@ class World:
     peak: Callable[[str, dict], int] = lambda method, train: PEAK
     loss: Callable[[float], float] = lambda rate: 1.0
     faster: Callable[[str], float] = lambda precision: 1.0
+    cold: float = COLD
+    steps: Callable[[dict], float] = lambda train: 60
     limit: int = 0
     measures: bool = True
     """Whether measuring is a part of the run, whose memory is told, too."""
@@ -54,10 +56,12 @@ class World:
         each = TOKENS / (SLOWER * self.predicted[method] * self.faster(stage.precision))
         micro = train["micro_tokens"] or 1024
         steps = [
-            {"kind": "step", "step": n, "tokens": TOKENS * n, "time": COLD + each * n, "memory": self.peak(method, train), "loss": self.loss(train["lr"])}
+            {"kind": "step", "step": n, "tokens": TOKENS * n, "time": self.cold + each * n, "memory": self.peak(method, train), "loss": self.loss(train["lr"])}
             for n in range(1, count + 1)
         ]  # fmt: skip
-        return Begun([{"kind": "train", "time": 0.0, "steps": 60, "micro_tokens": micro}, *steps], "")
+        return Begun(
+            [{"kind": "train", "time": 0.0, "steps": self.steps(train), "micro_tokens": micro}, *steps], ""
+        )
 
     def dials(self, name: str) -> list:
         """One of all runs."""
@@ -164,6 +168,28 @@ def test_a_plan_that_failed_comes_last_with_its_reason(answer, world):
     assert after.plans[0].method == answer.plans[1].method
     assert (after.plans[-1].method, after.plans[-1].fits) == (first, False)
     assert after.plans[-1].reasons[0].en == "It was tried and failed: killed by the system"
+
+
+@pytest.mark.parametrize(
+    ("deadline", "speed", "thought", "tried"),
+    [
+        (0.9, 2.0, "lora", ["full"]),  # thought late and is not
+        (1.1, 0.8, "full", ["full", "lora"]),  # thought on time and is late
+        (0.4, 0.8, "full", ["lora", "full"]),  # all are, one of them by far
+    ],
+)
+def test_what_is_late_is_told_by_what_was_tried(tmp_path, answer, world, deadline, speed, thought, tried):
+    full = answer.plans[0]
+    tokens = full.hours * 3600 * full.tokens_per_second / full.epochs  # of a pass
+    world.cold, world.steps = 0.0, lambda train: tokens * train["epochs"] / TOKENS
+    world.faster = lambda precision: speed / SLOWER
+    asked = [f"data={answer.question.data.train[0].path}", f"runs={tmp_path}"]
+    asked += [f"deadline={deadline * tokens / full.tokens_per_second:.6f}s"]
+    named = advise.answer("", ["model=builtin:pico", *asked])
+    assert named.plans[0].method == thought
+    after = found(named, tries=1)
+    assert list(dict.fromkeys(method for method, _ in world.begun)) == tried
+    assert after.plans[0].method == tried[-1]
 
 
 def test_what_hardly_fits_by_computing_is_tried(tmp_path, answer, world):

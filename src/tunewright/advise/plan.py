@@ -56,7 +56,12 @@ class Plan:
     wanted: float
     """Passes that would be made without a deadline."""
     lr: float
-    score: int = 0
+    merit: int = 0
+    """What rules give it."""
+    late: bool = False
+    """Whether it ends after the deadline however few passes it makes."""
+    past_loss: float | None = None
+    """Held-out loss of the best earlier run of its method."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Dials that rules ask for."""
     reasons: tuple[Words, ...] = ()
@@ -83,6 +88,11 @@ class Plan:
         return (self.hours * 3600 - self.cold) * self.tokens_per_second / self.batch
 
     @property
+    def score(self) -> int:
+        """What it is ranked by."""
+        return self.merit + (_LATE if self.late else 0)
+
+    @property
     def memory(self) -> float:
         """Bytes of a device: measured where it was, else predicted."""
         return self.measured.peak_memory if self.measured and self.measured.here else self.parts.total
@@ -102,22 +112,22 @@ def plans(situation: Situation, past: Mapping[str, Measured] | None = None) -> l
     asked = next((rule.objective for rule in rules if rule.objective), "")
     objective = situation.objective or asked or "sft"
     found = [_told(situation, _plan(situation, name, objective, rules), rules, past) for name in names]
-    return sorted(found, key=_rank(found, past))
+    return ranked(found)
 
 
-def _rank(found: list[Plan], past: Mapping[str, Measured]) -> Any:
-    """Losses that were measured overrule rules once there are two to compare."""
-    losses = sorted(own.loss for own in past.values() if own.method in {plan.method for plan in found})
+def ranked(found: Iterable[Plan]) -> list[Plan]:
+    """Best first. Losses that were measured overrule rules once there are two to compare."""
+    found = list(found)
+    losses = sorted(plan.past_loss for plan in found if plan.past_loss is not None)
     best = max(plan.score for plan in found)
 
     def key(plan: Plan) -> tuple[bool, float, float]:
-        own = past.get(plan.method)
         order = -plan.score
-        if own and len(losses) > 1:
-            order = -best - len(losses) + losses.index(own.loss)
+        if plan.past_loss is not None and len(losses) > 1:
+            order = -best - len(losses) + losses.index(plan.past_loss)
         return not plan.fits, order, plan.hours
 
-    return key
+    return sorted(found, key=key)
 
 
 def _plan(situation: Situation, method: str, objective: str, rules: list[Rule] | tuple[()]) -> Plan:
@@ -231,10 +241,11 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
     """The plan with its score and reasons, and with figures that were measured in place of predicted ones."""
     said = [rule for rule in rules if rule.scores.get(plan.method) or _always(rule)]
     told = [rule.words for rule in sorted(said, key=lambda rule: -rule.scores.get(plan.method, 0))]
-    score = sum(rule.scores.get(plan.method, 0) for rule in rules)
+    merit = sum(rule.scores.get(plan.method, 0) for rule in rules)
     own = past.get(plan.method)
     if own:
         told.insert(0, reasons.as_measured(own))
+        plan = replace(plan, past_loss=own.loss)
         if own.here and situation.fleet.device.here:
             rate = own.tokens_per_second
             hours = situation.data.tokens * plan.epochs / rate / 3600
@@ -242,21 +253,20 @@ def _told(situation: Situation, plan: Plan, rules: list[Rule], past: Mapping[str
             plan = replace(
                 plan, fits=own.peak_memory <= (1 - MEASURED_HEADROOM) * situation.fleet.device.memory
             )
-    plan = in_time(situation, plan)
-    if situation.deadline and plan.hours * 3600 > situation.deadline:
-        score += _LATE
     train = {key: value for rule in said for key, value in rule.train.items()}
-    return replace(plan, score=score, reasons=tuple(told), train=train)
+    return in_time(situation, replace(plan, merit=merit, reasons=tuple(told), train=train))
 
 
 def in_time(situation: Situation, plan: Plan) -> Plan:
     """With as many passes over the data as end by the deadline: one at least, and no more than are wanted without one."""
-    given, per_pass = situation.given, (plan.hours * 3600 - plan.cold) / plan.epochs
-    if not situation.deadline or given.epochs or given.steps or not per_pass:
+    if not situation.deadline:
         return plan
-    left = situation.deadline - plan.cold
-    epochs = min(plan.wanted, max(1.0, math.floor(100 * left / per_pass) / 100))
-    return replace(plan, epochs=epochs, hours=(epochs * per_pass + plan.cold) / 3600)
+    given, per_pass = situation.given, (plan.hours * 3600 - plan.cold) / plan.epochs
+    if per_pass and not (given.epochs or given.steps):
+        left = situation.deadline - plan.cold
+        epochs = min(plan.wanted, max(1.0, math.floor(100 * left / per_pass) / 100))
+        plan = replace(plan, epochs=epochs, hours=(epochs * per_pass + plan.cold) / 3600)
+    return replace(plan, late=plan.hours * 3600 > situation.deadline)
 
 
 def _always(rule: Rule) -> bool:
