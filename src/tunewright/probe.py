@@ -5,9 +5,9 @@ than there is, correct what was predicted; the dials of the first of them are th
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 import yaml
@@ -20,7 +20,7 @@ from tunewright.advise.placement import HEADROOM, MEASURED_HEADROOM
 from tunewright.advise.plan import Plan, in_time, ranked
 from tunewright.advise.question import Question
 from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
-from tunewright.children import Begun
+from tunewright.children import Begun, Pace
 from tunewright.core.errors import Problem, UserError
 from tunewright.core.units import human_bytes, human_seconds
 from tunewright.core.words import Words
@@ -76,7 +76,8 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
         if best.method in tried and best.fits:
             best = bench.settled(best)
             best = bench.rated(best) if rates else best
-    return replace(answer, plans=(best, *rest))
+            best = bench.looked_at_again(best) if tries > 1 or bench.paces else best
+    return replace(answer, plans=tuple(_with_figures(answer, plan) for plan in (best, *rest)))
 
 
 def rated(answer: Answer, tell: Tell) -> Answer:
@@ -108,6 +109,8 @@ class _Bench:
     tell: Tell
     count: int = 0
     """Of runs that were begun."""
+    paces: list[Pace] = field(default_factory=list)
+    """Of later looks at the first plan, as it was settled."""
 
     def tried(self, plan: Plan) -> Plan:
         """With what was measured; cut smaller, then recomputed, until it fits. Not fitting, if nothing helps."""
@@ -117,7 +120,7 @@ class _Bench:
             begun = self.begin(way)
             reason = begun.reason or "it takes more memory than there is"
             if not begun.reason and (found := self._measured(way, begun)).fits:
-                return replace(found, reasons=(*plan.reasons, _told(plan, found)))
+                return found
         words = Words(f"It was tried and failed: {reason}", f"试运行失败：{reason}")
         return replace(plan, fits=False, reasons=(words, *plan.reasons))
 
@@ -170,7 +173,7 @@ class _Bench:
         found = None if begun.reason else self._measured(plan, begun)
         if found is None or not found.fits:
             return None
-        return replace(found, tuned=plan.tuned, reasons=(*plan.reasons[:-1], _told(plan, found)))
+        return replace(found, tuned=plan.tuned)
 
     def rated(self, plan: Plan) -> Plan:
         """With the learning rate of a range test, if the recipe leaves it open and the loss tells which is better."""
@@ -186,9 +189,12 @@ class _Bench:
         def loss(rate: float) -> float | None:
             self.tell(f"trying {plan.method} with a rate of {rate:.1e}: {steps} steps")
             begun = self.begin(replace(plan, lr=rate), steps=steps)
+            if begun.reason:
+                return None
+            self.paces.append(begun.pace())
             losses = [event["loss"] for event in begun.of("step")]
             last = losses[-max(1, steps // 3) :]
-            return None if begun.reason else sum(last) / len(last)
+            return float(sum(last) / len(last))
 
         found = range_test(plan.lr, loss)
         told = "; ".join(f"{rate:.1e}: {value:.3f}" for rate, value in sorted(found.losses.items()))
@@ -197,6 +203,17 @@ class _Bench:
             f"各学习率试运行 {steps} 步，末三分之一步的损失：{told}；取 {found.rate:.1e}。",
         )
         return replace(plan, lr=found.rate, tuned=(*plan.tuned, LR), reasons=(*plan.reasons, words))
+
+    def looked_at_again(self, plan: Plan) -> Plan:
+        """As fast as it was in the median: few machines are equally fast at all times. Trying rates has looked already."""
+        if not self.paces:
+            self.tell(f"trying {plan.method} again: {_STEPS} steps")
+            begun = self.begin(plan)
+            self.paces += [] if begun.reason else [begun.pace()]
+        own = plan.tokens_per_second
+        rate = median([own, *(pace.tokens_per_second for pace in self.paces)])
+        seconds = plan.cold + (plan.hours * 3600 - plan.cold) * own / rate
+        return in_time(self.question.situation, replace(plan, tokens_per_second=rate, hours=seconds / 3600))
 
     def begin(self, plan: Plan, search: bool = False, steps: int = 0) -> Begun:
         """The first steps of a plan's run, or a whole one of so many ``steps``; with ``search`` the number of tokens at a
@@ -251,8 +268,15 @@ def _searching(switches: bool | dict[str, bool]) -> bool | dict[str, bool]:
     return {"micro_batch": True} | ({} if switches is True else switches)
 
 
+def _with_figures(answer: Answer, plan: Plan) -> Plan:
+    """With what came out beside what was predicted as its last reason, if it was tried and did well."""
+    if not (plan.fits and plan.measured and not plan.measured.run):
+        return plan
+    before = next(one for one in answer.plans if one.method == plan.method)
+    return replace(plan, reasons=(*plan.reasons, _told(before, plan)))
+
+
 def _told(plan: Plan, done: Plan) -> Words:
-    """What came out beside what was predicted."""
     rate, speed = f"{done.tokens_per_second:,.0f}", f"{plan.tokens_per_second:,.0f}"
     peak, memory = human_bytes(done.memory), human_bytes(plan.memory)
     took, steps = human_seconds(done.hours * 3600), done.measured.steps if done.measured else 0
