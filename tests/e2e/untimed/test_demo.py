@@ -13,7 +13,8 @@ from tunewright import cli, demo
 
 def test_the_demo_is_the_shipped_recipe_in_little_time():
     shipped = yaml.safe_load((ROOT / "recipes/auto.yaml").read_text())
-    shorter = {"method": {**shipped["method"], "deadline": "42s"}, "evaluate": {"max_new_tokens": 16}}
+    steps = {"epochs": 1.25, "tokens_per_batch": 1024, "micro_tokens": 1024}
+    shorter = {"train": steps, "evaluate": {"max_new_tokens": 16}}
     assert {**shipped, **shorter} == demo.RECIPE
 
 
