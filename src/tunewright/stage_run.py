@@ -78,6 +78,7 @@ class StageRun:
         torch.manual_seed(derive(stage.train.seed, "init"))
         model = self.job.method.load_base(self.job.source, stage.precision)
         before = self._measure(model, "before")
+        arena.let_go()
         torch.manual_seed(derive(stage.train.seed, "method"))
         model = self.job.method.apply(model)
         trainer = trainer_of(self.job, model, self.log, self.folder, self.preemption)

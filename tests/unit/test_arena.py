@@ -20,6 +20,11 @@ MODEL = nn.Linear(2, 2)
 MB = 1 << 20
 
 
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 def block(megabytes: float) -> torch.Tensor:
     return torch.empty(int(megabytes * MB), dtype=torch.uint8)
 
@@ -49,6 +54,21 @@ def test_a_whole_stage_lies_there_and_its_training_does_not_end_it() -> None:
     after = block(5)
     assert arena.told().taken == before + 6 * MB
     assert len(loaded) + len(measured) + len(after) == 11 * MB
+
+
+@needs_arena
+def test_what_is_free_can_be_let_go_of_before_the_stage_ends() -> None:
+    with arena.around(True):
+        kept, gone = block(64).fill_(1), block(256).fill_(1)
+        del gone
+        held = resident()
+        arena.let_go()
+        assert held - resident() > 200 * MB
+        assert int(kept[-1]) == 1
+        again = block(256).fill_(2)
+        del again
+        assert held - resident() < 20 * MB
+    arena.let_go()  # where there is none it does nothing
 
 
 @pytest.mark.parametrize("switches", [False, {"arena": False}])

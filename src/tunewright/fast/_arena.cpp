@@ -194,6 +194,12 @@ void end() {
     arena().rest();
 }
 
+// What is free now goes to the system, what will be freed later does not
+void let_go() {
+    arena().rest();
+    arena().wake();
+}
+
 // Bytes: mapped, in use, in use at most since this was asked last
 void told(size_t* sizes) {
     const std::lock_guard<std::mutex> alone(arena().busy);

@@ -59,6 +59,12 @@ def around(switches: Switches) -> AbstractContextManager[None]:
     return _begun() if wanted and best_device() == "cpu" and not prepare() else nullcontext()
 
 
+def let_go() -> None:
+    """What is free in it goes to the system now, where it would be kept: what comes next is of other sizes."""
+    if _entered:
+        _native.library(_CODE).let_go()
+
+
 class Told(NamedTuple):
     """Bytes of the arena."""
 
