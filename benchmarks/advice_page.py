@@ -218,7 +218,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "and puts what was measured in place of what was predicted; what takes too much is cut smaller, then recomputed, and what "
         "is late is told by the speed that was measured. For the first it finds how many tokens at a time are fastest, whether bf16 "
         "or fp32 is, and by short runs at rates a factor of three apart the learning rate (not with `--no-rates`). "
-        "Its speed is the median of all looks at it, two at least: few machines are equally fast at all times.\n"
+        "Its speed is the mean of two looks that are apart: few machines are equally fast at all times.\n"
         "7. `--apply FILE` writes the recipe of the choice, each dial with its reason; what advice does not decide (held-out data, "
         "measurements, regularizers) stays as the recipe has it. If nothing fits it is not written. Of several stages it is the first, or `stage=NAME`.",
         "limits": "A fleet is a plan: recipes have no dial for placement. Memory of a host that state is offloaded to is told and "
@@ -246,7 +246,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "4. 下面的规则给方法加分；放不下的方法无论得分多少都排在最后。给出期限时减少数据遍数（至少一遍）；仍然超时的减五分。\n"
         "5. `runs/`（或 `runs=目录`）中同一模型、同一数据的已完成运行优先于规则：有两种以上方法时按实测留出损失排序；在本机运行过的显示实测速度和内存。\n"
         "6. `--probe` 在本机对排在最前的三个方案各真实运行前十步（各用一个进程），用实测代替预测；放不下的先减小每次词元数，再重算激活值；是否超时按实测速度判断。对第一个方案，"
-        "还会找出最快的每次词元数、bf16 与 fp32 哪个快，并用相差三倍的学习率各做一次短训练来选定学习率（`--no-rates` 则不试）。速度取各次测量（至少两次）的中位数：很少有机器始终一样快。\n"
+        "还会找出最快的每次词元数、bf16 与 fp32 哪个快，并用相差三倍的学习率各做一次短训练来选定学习率（`--no-rates` 则不试）。速度取前后两次测量的平均值：很少有机器始终一样快。\n"
         "7. `--apply 文件` 写出所选方法的配方，每个设置都注明理由；不由建议决定的部分（留出数据、评测、正则项）保持原样。什么都放不下时不写。有多个阶段时取第一个，或 `stage=名称`。",
         "limits": "多设备只是规划：配方里没有部署的设置。卸载所需的主机内存只作说明，不检查。速度等于运算量除以标称速率的一部分"
         "（0.4；本机为实测速率的 0.35），误差按两倍以内理解。小模型在 CPU 上比这个比例更快；进程实际占用的内存还包括分配器保留的部分。",

@@ -5,9 +5,9 @@ than there is, correct what was predicted; the dials of the first of them are th
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 from typing import Any
 
 import yaml
@@ -20,7 +20,7 @@ from tunewright.advise.placement import HEADROOM, MEASURED_HEADROOM
 from tunewright.advise.plan import Plan, in_time, ranked
 from tunewright.advise.question import Question
 from tunewright.advise.recipe import LR, MICRO, PRECISION, tree
-from tunewright.children import Begun, Pace
+from tunewright.children import Begun
 from tunewright.core.errors import Problem, UserError
 from tunewright.core.units import human_bytes, human_seconds
 from tunewright.core.words import Words
@@ -76,7 +76,7 @@ def probed(answer: Answer, tell: Tell, tries: int = TRIES, rates: bool = True) -
         if best.method in tried and best.fits:
             best = bench.settled(best)
             best = bench.rated(best) if rates else best
-            best = bench.looked_at_again(best) if tries > 1 or bench.paces else best
+            best = bench.looked_at_again(best) if tries > 1 else best
     return replace(answer, plans=tuple(_with_figures(answer, plan) for plan in (best, *rest)))
 
 
@@ -109,8 +109,6 @@ class _Bench:
     tell: Tell
     count: int = 0
     """Of runs that were begun."""
-    paces: list[Pace] = field(default_factory=list)
-    """Of later looks at the first plan, as it was settled."""
 
     def tried(self, plan: Plan) -> Plan:
         """With what was measured; cut smaller, then recomputed, until it fits. Not fitting, if nothing helps."""
@@ -189,12 +187,9 @@ class _Bench:
         def loss(rate: float) -> float | None:
             self.tell(f"trying {plan.method} with a rate of {rate:.1e}: {steps} steps")
             begun = self.begin(replace(plan, lr=rate), steps=steps)
-            if begun.reason:
-                return None
-            self.paces.append(begun.pace())
             losses = [event["loss"] for event in begun.of("step")]
             last = losses[-max(1, steps // 3) :]
-            return float(sum(last) / len(last))
+            return None if begun.reason else sum(last) / len(last)
 
         found = range_test(plan.lr, loss)
         told = "; ".join(f"{rate:.1e}: {value:.3f}" for rate, value in sorted(found.losses.items()))
@@ -205,13 +200,14 @@ class _Bench:
         return replace(plan, lr=found.rate, tuned=(*plan.tuned, LR), reasons=(*plan.reasons, words))
 
     def looked_at_again(self, plan: Plan) -> Plan:
-        """As fast as it was in the median: few machines are equally fast at all times. Trying rates has looked already."""
-        if not self.paces:
-            self.tell(f"trying {plan.method} again: {_STEPS} steps")
-            begun = self.begin(plan)
-            self.paces += [] if begun.reason else [begun.pace()]
-        own = plan.tokens_per_second
-        rate = median([own, *(pace.tokens_per_second for pace in self.paces)])
+        """As fast as it was in the mean of two looks that are apart: few machines are equally fast at all times. Runs that
+        tried rates do not tell: what pays only in a long one is off in them.
+        """
+        self.tell(f"trying {plan.method} again: {_STEPS} steps")
+        begun, own = self.begin(plan), plan.tokens_per_second
+        if begun.reason:
+            return plan
+        rate = (own + begun.pace().tokens_per_second) / 2
         seconds = plan.cold + (plan.hours * 3600 - plan.cold) * own / rate
         return in_time(self.question.situation, replace(plan, tokens_per_second=rate, hours=seconds / 3600))
 
