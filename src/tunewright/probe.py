@@ -97,7 +97,9 @@ def _corrected(answer: Answer, tried: Mapping[str, Plan]) -> list[Plan]:
 
 
 def _faster(plan: Plan, factor: float) -> Plan:
-    return replace(plan, tokens_per_second=plan.tokens_per_second * factor, hours=plan.hours / factor)
+    cold = plan.cold / 3600
+    hours = cold + (plan.hours - cold) / factor
+    return replace(plan, tokens_per_second=plan.tokens_per_second * factor, hours=hours)
 
 
 @dataclass
@@ -208,8 +210,7 @@ class _Bench:
         if begun.reason:
             return plan
         rate = (own + begun.pace().tokens_per_second) / 2
-        seconds = plan.cold + (plan.hours * 3600 - plan.cold) * own / rate
-        return in_time(self.question.situation, replace(plan, tokens_per_second=rate, hours=seconds / 3600))
+        return in_time(self.question.situation, _faster(plan, rate / own))
 
     def begin(self, plan: Plan, search: bool = False, steps: int = 0) -> Begun:
         """The first steps of a plan's run, or a whole one of so many ``steps``; with ``search`` the number of tokens at a
