@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tunewright import doctor, examine, fast
 from tunewright.core import store
 from tunewright.core.errors import RecipeError
+from tunewright.fast import _native
 from tunewright.fast.compile import Compile
 from tunewright.fast.micro_batch import MicroBatch
 from tunewright.models.announce import listening
@@ -188,11 +189,16 @@ SECONDS = {4096: 3.0, 2048: 1.5, 1024: 1.2, 512: 1.4}
 
 
 @pytest.mark.parametrize(
-    ("whole", "given", "taken"), [(8192, None, [4096]), (3000, None, [3000]), (8192, 512, [])]
-)
-def test_compiled_blocks_keep_so_little_that_more_tokens_are_taken(
-    whole: int, given: int | None, taken: list[int]
+    ("units", "whole", "given", "taken"),
+    [
+        (True, 8192, None, [4096]), (True, 3000, None, [3000]), (True, 8192, 512, []),
+        (False, 8192, None, [1024]), (False, 700, None, [700]),
+    ],
+)  # fmt: skip
+def test_of_compiled_blocks_so_little_is_kept_on_matrix_units_that_more_tokens_are_taken(
+    units: bool, whole: int, given: int | None, taken: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_native, "has_units", lambda: units)
     tries = Tries({whole: 1.0}, given)
     with Compile().on(tries.work(llama())):
         assert tries.taken == taken

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import tunewright as tw
 from tunewright.core import events
 from tunewright.data.tokens import LENGTH
-from tunewright.fast import _amx_attention, _shared_attention
+from tunewright.fast import _bf16_attention, _shared_attention
 from tunewright.fast.shared_prompts import SharedPrompts, shared
 from tunewright.models import likelihood
 
@@ -120,8 +120,8 @@ def test_where_it_cannot_be() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operations_are_what_they_are_declared_to_be(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and _amx_attention.prepare():
-        pytest.skip("no matrix units")
+    if dtype == torch.bfloat16 and _bf16_attention.prepare():
+        pytest.skip("no instructions for bf16")
     query, key, value = (torch.randn(1, n, 40, 32).to(dtype).requires_grad_() for n in (4, 2, 2))
     ends, prefixes = (
         torch.tensor([0, 20, 28, 33], dtype=torch.int32),

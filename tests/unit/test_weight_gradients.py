@@ -14,7 +14,7 @@ from tunewright.fast.weight_gradients import WeightGradients
 
 LACKING = _amx_products.prepare()
 needs_units = pytest.mark.skipif(bool(LACKING), reason=LACKING)
-UNITS = "the processor has no bf16 matrix units"
+UNITS = "the processor has no amx_bf16"
 
 
 def laid(x: Tensor, transposed: bool) -> Tensor:

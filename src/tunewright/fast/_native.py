@@ -1,6 +1,6 @@
 """C++ beside this file, for what PyTorch leaves undone: built once on a machine by its own compiler, kept for later.
 
-Code for matrix units is called with plain addresses and takes about three seconds; code that includes PyTorch's headers is
+Code for bf16 is called with plain addresses and takes about three seconds; code that includes PyTorch's headers is
 linked with it, and built anew for another version.
 """
 
@@ -18,9 +18,9 @@ import torch
 
 from tunewright.core.paths import cache_folder
 
-_UNITS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16")
+_VECTORS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+_UNITS = ("amx_tile", "amx_bf16")
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp")
-_UNIT_FLAGS = ("-mfma", *(f"-m{unit.replace('avx512_', 'avx512').replace('_', '-')}" for unit in _UNITS))
 _LIBRARIES = ("-lstdc++", "-lm")
 """Which a C++ compiler adds by itself and a C compiler does not: $CXX may name one."""
 _CPU = Path("/proc/cpuinfo")
@@ -40,12 +40,18 @@ def cpu_flags() -> set[str]:
     return set(_CPU.read_text().split()) if _CPU.exists() else set()
 
 
+def has_units() -> bool:
+    """Whether the processor has matrix units for bf16."""
+    return cpu_flags().issuperset(_UNITS)
+
+
 @cache
 def why_not(name: str) -> str:
     """Why the code of that name cannot be run here; empty if it can. It is built for that."""
-    needed = _UNITS if _source(name).needs_units else ()
-    if platform.system() != "Linux" or not cpu_flags().issuperset(needed):
-        return "the processor has no bf16 matrix units" if needed else "it is for Linux"
+    if platform.system() != "Linux":
+        return "it is for Linux"
+    if lacking := _source(name).needs() - cpu_flags():
+        return f"the processor has no {min(lacking)}"
     if compiler() is None:
         return "there is no C++ compiler"
     try:
@@ -82,10 +88,10 @@ class _Source:
     path: Path
     text: str
 
-    @property
-    def needs_units(self) -> bool:
-        """Whether it is written for matrix units."""
-        return '"_vectors.h"' in self.text
+    def needs(self) -> frozenset[str]:
+        """What of a processor it is written for."""
+        vectors = any(f'"{header}"' in self.text for header in ("_vectors.h", "_squares.h"))
+        return frozenset(_VECTORS * vectors + _UNITS * ('"_tiles.h"' in self.text))
 
     @property
     def needs_torch(self) -> bool:
@@ -100,7 +106,10 @@ class _Source:
 
     def flags(self) -> tuple[str, ...]:
         """For the compiler."""
-        flags = _FLAGS + (_UNIT_FLAGS if self.needs_units else ())
+        flags = _FLAGS
+        if self.needs():
+            used = [*_VECTORS, *(_UNITS if has_units() else ())]
+            flags += ("-mfma", *(f"-m{name.replace('avx512_', 'avx512').replace('_', '-')}" for name in used))
         if not self.needs_torch:
             return flags
         where = Path(torch.__file__).parent

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunewright.fast import _amx_attention as amx
+from tunewright.fast import _bf16_attention as amx
 from tunewright.fast import _packed_attention as packed
 
 

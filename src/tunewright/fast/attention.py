@@ -1,10 +1,10 @@
 """Causal attention on a CPU: the fastest exact implementation for the machine and the heads at hand.
 
-Where there are bf16 matrix units and a compiler, code made for them. Elsewhere PyTorch's kernel forwards, which is
-fast, and plain matrix products backwards: its own backward kernel works on tiles so small that it takes four times as
-long (10 sequences of 200 tokens, 9 heads of 64) as forming the scores anew, whole, by batched products. Long sequences
-are worked on in bands of queries, so that memory grows with length and not with its square. The softmax's gradient is
-that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
+Where a processor has instructions for bf16 and there is a compiler, code made for them. Elsewhere PyTorch's kernel
+forwards, which is fast, and plain matrix products backwards: its own backward kernel works on tiles so small that it
+takes four times as long (10 sequences of 200 tokens, 9 heads of 64) as forming the scores anew, whole, by batched
+products. Long sequences are worked on in bands of queries, so that memory grows with length and not with its square. The
+softmax's gradient is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _amx_attention, _causal, _shared_attention
+from tunewright.fast import Technique, Work, _bf16_attention, _causal, _shared_attention
 from tunewright.fast import _packed_attention as packed
 
 _NAME = "tunewright_causal"
@@ -31,8 +31,8 @@ class Attention(Technique):
     """Another implementation of the same sums, by transformers' own switch for implementations."""
 
     idea = Words(
-        "Attention is computed on matrix units, its backward pass included, each sample at its own length.",
-        "注意力（含反向传播）在矩阵单元上计算，每条样本只按自身长度计算。",
+        "Attention has code for bf16 of its own, its backward pass included; each sample takes what its length does.",
+        "注意力（含反向传播）用专为 bf16 编写的代码计算，每条样本只按自身长度计算。",
     )
 
     def why_not(self, work: Work) -> str:
@@ -46,7 +46,7 @@ class Attention(Technique):
     def on(self, work: Work) -> Iterator[None]:
         """The model's attention is ours, and its own again afterwards."""
         register()
-        _amx_attention.prepare()
+        _bf16_attention.prepare()
         own = base_model(work.model)
         own.set_attn_implementation(_NAME)
         hooks = [
@@ -122,8 +122,8 @@ def attention(
     alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
     learning = torch.is_grad_enabled() and query.requires_grad
     if attention_mask is None and causal and alike and learning and not more:
-        if _amx_attention.fits(query):
-            return _amx_attention.in_a_batch(query, key, value, scale), None
+        if _bf16_attention.fits(query):
+            return _bf16_attention.in_a_batch(query, key, value, scale), None
         out_BHTD, _ = _attend(query, key, value, scale)
         return out_BHTD.transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -148,7 +148,7 @@ def _in_a_row(
         return _shared_attention.attention(query, key, value, ends, prefixes, scale)
     if dropout:
         return packed.dropping(query, key, value, ends, dropout, scale)
-    one_row = _amx_attention.in_a_row if _amx_attention.fits(query) else packed.attention
+    one_row = _bf16_attention.in_a_row if _bf16_attention.fits(query) else packed.attention
     return one_row(query, key, value, ends, scale)
 
 

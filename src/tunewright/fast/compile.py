@@ -51,15 +51,17 @@ _LITTLE_KEPT = _Way(_AGAIN)
 """Of a block little but its input is kept: a pass of it more costs less than to write what it makes to memory and to
 read it again.
 """
-_ATTENTION_KEPT = _Way(_AGAIN, ("amx_attention", "causal_attention", "packed_attention", "shared_attention"))
+_ATTENTION_KEPT = _Way(_AGAIN, ("bf16_attention", "causal_attention", "packed_attention", "shared_attention"))
 """Of what is left, attention takes longest for the bytes of its result."""
 _PRODUCTS_KEPT = _Way({"ban_recompute_used_far_apart": False, "ban_recompute_materialized_backward": False})
 _TRACED: dict[str, Any] = {"specialize_float": True}
 """A scale is a constant: taken for an input, it has the block traced a second time once it turns out to be none."""
 _LITTLE, _LITTLE_ATTENTION = 768 << 20, 160 << 20
 """Bytes; where blocks would keep no more than that in all, they keep it: what products make, or attention."""
-_TOKENS = 4096
-"""That go through the model at a time on a CPU, since so little is kept of them."""
+_TOKENS, _FEW_TOKENS = 4096, 1024
+"""That go through the model at a time: on matrix units many, so little is kept of them; on a CPU without, where to
+compute again costs more, so few that what products make can be kept.
+"""
 
 
 class Compile(Technique):
@@ -92,7 +94,7 @@ class Compile(Technique):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one block needs no pool of processes
         if work.device.type == "cpu" and not work.portion.given:
-            work.portion.take(min(work.portion.whole, _TOKENS))
+            work.portion.take(min(work.portion.whole, _at_a_time(work)))
         found = [block for _, block in anatomy.blocks(work.model)]
         chosen = _chosen(work)
         ways = [_compiled(block, chosen) for block in found]
@@ -118,10 +120,14 @@ def _asking(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _at_a_time(work: Work) -> int:
+    return _TOKENS if work.device.type != "cpu" or _native.has_units() else _FEW_TOKENS
+
+
 def _chosen(work: Work) -> _Way:
     """By what the blocks that learn would keep of all tokens that go through at a time."""
     learning = anatomy.blocks(work.model)[len(frozen(work.model)) :]
-    tokens = min(work.portion.whole, _TOKENS) * work.model.dtype.itemsize
+    tokens = min(work.portion.whole, _at_a_time(work)) * work.model.dtype.itemsize
     products = sum(anatomy.numbers_per_token(anatomy.linears(block)) for _, block in learning)
     if tokens * products < _LITTLE:
         return _PRODUCTS_KEPT

@@ -56,11 +56,14 @@ class CrossEntropy(Technique):
 
 def losses(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """As :func:`likelihood.plain`."""
-    labels_BT = batch["labels"]
+    return _losses(model, likelihood.hidden_states(model, batch), batch["labels"])
+
+
+def _losses(model: Any, states_BTD: Tensor, labels_BT: Tensor) -> Tensor:
     kept = labels_BT != likelihood.IGNORED
     head = anatomy.output_head(model)
     assert head is not None, "why_not has seen to that"  # noqa: S101 our own bug
-    states_ND = likelihood.hidden_states(model, batch)[kept]
+    states_ND = states_BTD[kept]
     if type(head) is nn.Linear and not torch.is_autocast_enabled(states_ND.device.type):
         return _linear(states_ND, head.weight, head.bias, labels_BT[kept])
     return F.cross_entropy(head(states_ND).float(), labels_BT[kept], reduction="none")
@@ -82,10 +85,10 @@ def _agrees(work: Work) -> bool:
 
     def compare(batch: Batch) -> bool:
         few = likelihood.thinned(batch)
-        own, expected = losses(work.model, few), likelihood.sampled(work.model, few)
+        states_BTD, comes_last = likelihood.looked_through(work.model, few)
+        own, expected = _losses(work.model, states_BTD, few["labels"]), likelihood.sampled(work.model, few)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
-        same = torch.allclose(own, expected, rtol=close, atol=close)
-        return same and likelihood.comes_last(work.model, batch)
+        return comes_last and torch.allclose(own, expected, rtol=close, atol=close)
 
     return agrees(work, compare)
 

@@ -6,7 +6,7 @@ kernels are made anew for every new shape, which for short runs costs more than 
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tunewright.fast.attention import Attention, base_model
 from tunewright.models import likelihood
 from tunewright.models.announce import ROUTER
 
-_STEP = 256
+_STEP, _LOOK_STEP = 256, 16
 _NAME = "packing"
 
 
@@ -62,8 +62,10 @@ def reach(model: Any) -> float:
     return min((window for window in windows if window), default=math.inf)
 
 
-def in_one_row(batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] = ()) -> dict[str, Tensor]:
-    """The batch of B samples as one row [1, M]; M is a multiple of 256.
+def in_one_row(
+    batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] = (), multiple: int = _STEP
+) -> dict[str, Tensor]:
+    """The batch of B samples as one row [1, M]; M is such a ``multiple``.
 
     ``cu_seq_lens_q`` int32 [B + 1] says where each begins, and where the last ends. With ``owners`` and ``counts`` [B]
     a sample's first tokens are left out, so many, since its owner's are the same; ``prefixes`` int64 [B, 2] says where
@@ -74,7 +76,7 @@ def in_one_row(batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] =
     skipped_B = torch.tensor(counts, device=ids_BT.device) if counts else torch.zeros_like(lengths_B)
     kept_BT = (places_BT < lengths_B[:, None]) & (places_BT >= skipped_B[:, None])
     ends_S1 = F.pad((lengths_B - skipped_B).cumsum(0), (1, 0))
-    left = -int(ends_S1[-1]) % _STEP
+    left = -int(ends_S1[-1]) % multiple
     row = {
         name: F.pad(x_BT[kept_BT], (0, left), value=fill)[None]
         for name, x_BT, fill in (
@@ -95,12 +97,9 @@ def _agrees(work: Work) -> bool:
         few = likelihood.thinned(batch)
         expected = likelihood.sampled(work.model, few)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
-        found = []
-        for way in (Attention().on(work), nullcontext()):  # training with dropout goes the second
-            with way:
-                own = likelihood.sampled(work.model, in_one_row(few))
-            found.append(torch.allclose(own, expected, rtol=close, atol=close))
-        return all(found)
+        with Attention().on(work):
+            own = likelihood.sampled(work.model, in_one_row(few, multiple=_LOOK_STEP))
+        return torch.allclose(own, expected, rtol=close, atol=close)
 
     try:
         return agrees(work, compare, rows=2)

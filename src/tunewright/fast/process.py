@@ -16,7 +16,7 @@ import torch
 
 from tunewright.core.machine import cores
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _amx_attention, _native, arena
+from tunewright.fast import Technique, Work, _bf16_attention, _native, arena
 from tunewright.models import wide
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # of glibc's malloc.h
@@ -107,6 +107,6 @@ def settings() -> dict[str, Any]:
         "huge pages": huge_pages() or "unknown",
         "matrix units": [name for name in _TOLD_UNITS if name in flags],
         "bf16 products": "in fp32" if not wide.why_not() else "the processor's own",
-        "attention on matrix units": _amx_attention.prepare() or "yes",
+        "attention of its own code": _bf16_attention.prepare() or "yes",
         "large tensors apart": arena.prepare() or "yes",
     }

@@ -73,11 +73,19 @@ def _ends_with_head(model: Any, batch: Batch) -> bool:
 
 def comes_last(model: Any, batch: Batch) -> bool:
     """Whether the model gives what its output layer gives; what it does to small logits may not show."""
-    if anatomy.output_head(model) is None:
-        return False
-    given_11V = torch.tensor([[[-1000.0, -0.5, 0.0, 0.5, 1000.0]]], device=batch["labels"].device)
-    found = computed(model, lambda states_BTD: given_11V.to(states_BTD.dtype), batch)
-    return torch.equal(found.logits.float(), given_11V)
+    return anatomy.output_head(model) is not None and looked_through(model, batch)[1]
+
+
+def looked_through(model: Any, batch: Batch) -> tuple[Tensor, bool]:
+    """Both :func:`hidden_states` and :func:`comes_last`, by one pass of a model with an output layer."""
+    seen, given_11V = list[Tensor](), torch.tensor([[[-1000.0, -0.5, 0.0, 0.5, 1000.0]]])
+
+    def take(states_BTD: Tensor) -> Tensor:
+        seen.append(states_BTD)
+        return given_11V.to(states_BTD)
+
+    logits_11V = computed(model, take, batch).logits
+    return _own(seen, batch), torch.equal(logits_11V.float().cpu(), given_11V)
 
 
 def is_plain(model: Any) -> bool:
@@ -154,7 +162,12 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         return states_BTD.new_zeros(1, 1, 1)
 
     computed(model, take, batch)
-    return seen[0][:, -batch["input_ids"].shape[1] :]  # a method may put prompts of its own before them
+    return _own(seen, batch)
+
+
+def _own(seen: list[Tensor], batch: Batch) -> Tensor:
+    """Of the batch's tokens; a method may put prompts of its own before them."""
+    return seen[0][:, -batch["input_ids"].shape[1] :]
 
 
 def computed(model: Any, forward: Callable[[Tensor], Tensor], batch: Batch) -> Any:

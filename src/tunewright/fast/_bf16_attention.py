@@ -1,4 +1,4 @@
-"""Causal attention on matrix units, for samples that follow one another in a row: the code is in ``_amx_attention.cpp``.
+"""Causal attention in bf16, for samples that follow one another in a row: the code is in ``_bf16_attention.cpp``.
 
 Each sample costs what its own length does, and no scores are held but those of 64 queries and 64 keys.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunewright.fast import _native
 
-_CODE = "_amx_attention"
+_CODE = "_bf16_attention"
 _WIDTHS = (32, 64, 96, 128)
 
 
@@ -60,7 +60,7 @@ def _call(tensors: Sequence[Tensor], logsumexp_HM: Tensor, ends: Tensor, scale: 
         logsumexp_HM[:, last:] = 0
 
 
-@torch.library.custom_op("tunewright::amx_attention", mutates_args=())
+@torch.library.custom_op("tunewright::bf16_attention", mutates_args=())
 def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     query, key, value = map(_laid_out, (query, key, value))
     out, logsumexp_HM = _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
@@ -73,7 +73,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> 
     return _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("tunewright::amx_attention_backward", mutates_args=())
+@torch.library.custom_op("tunewright::bf16_attention_backward", mutates_args=())
 def attend_backward(
     query: Tensor,
     key: Tensor,

@@ -1,4 +1,4 @@
-"""Attention on matrix units: as near to float64 as PyTorch's own in bf16, at any lengths, and what happens without."""
+"""Attention by code for bf16: as near to float64 as PyTorch's own, at any lengths, and what happens without."""
 
 import itertools
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ from techniques import watched
 from torch import Tensor
 from torch.library import opcheck
 
-from tunewright.fast import _amx_attention, _native, attention, process
+from tunewright.fast import _bf16_attention, _native, attention, process
 
-LACKING = _native.why_not("_amx_attention")
-needs_units = pytest.mark.skipif("matrix units" in LACKING, reason=LACKING)
+LACKING = _native.why_not("_bf16_attention")
+needs_code = pytest.mark.skipif("the processor" in LACKING, reason=LACKING)
 MODULE = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=True)
 SCALE = 0.2
+FP32 = 1e-6
+"""What sums in fp32 are off by in any order: all there is to see where a gradient is exactly nothing, as of one token."""
 
 
 def some(lengths: Sequence[int], heads: int, groups: int, width: int, left: int = 0, size: float = 1) -> Any:
@@ -47,7 +49,7 @@ def by_formula(given: Any, lengths: Sequence[int], dtype: torch.dtype) -> list[T
 def ours(given: Any, lengths: Sequence[int]) -> list[Tensor]:
     query, key, value = (x.detach().requires_grad_() for x in given[:3])
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
-    out = _amx_attention.in_a_row(query, key, value, ends, SCALE).transpose(1, 2)
+    out = _bf16_attention.in_a_row(query, key, value, ends, SCALE).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, (query, key, value), given[3])]
 
 
@@ -56,29 +58,29 @@ def assert_as_near_as_plain(given: Any, lengths: Sequence[int]) -> None:
     whole = sum(lengths)
     for own, expected, other in zip(ours(given, lengths), exact, plain, strict=True):
         error, allowed = ((x[:, :, :whole] - expected[:, :, :whole]).norm() for x in (own, other))
-        assert error <= 1.1 * allowed
+        assert error <= 1.1 * allowed + FP32
         assert not own[:, :, whole:].any()
 
 
-@needs_units
+@needs_code
 @pytest.mark.parametrize("lengths", [(1,), (1, 2, 31, 32, 33, 63, 64, 65, 1), (300, 5, 129), (500,)], ids=str)
 def test_any_lengths(lengths: tuple[int, ...]) -> None:
     assert_as_near_as_plain(some(lengths, 3, 1, 64, left=9), lengths)
 
 
-@needs_units
-@pytest.mark.parametrize("width", _amx_attention._WIDTHS)
+@needs_code
+@pytest.mark.parametrize("width", _bf16_attention._WIDTHS)
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (3, 3), (4, 1), (6, 2)])
 def test_any_heads(heads: int, groups: int, width: int) -> None:
     assert_as_near_as_plain(some((70, 100), heads, groups, width), (70, 100))
 
 
-@needs_units
+@needs_code
 def test_scores_that_leave_one_key_all_the_attention() -> None:
     assert_as_near_as_plain(some((150,), 2, 1, 64, size=100), (150,))
 
 
-@needs_units
+@needs_code
 def test_sums_do_not_depend_on_threads() -> None:
     lengths = (200, 90, 30)
     given, threads = some(lengths, 4, 2, 64), torch.get_num_threads()
@@ -90,7 +92,7 @@ def test_sums_do_not_depend_on_threads() -> None:
         assert all(map(torch.equal, found[0], other))
 
 
-@needs_units
+@needs_code
 def test_matrix_products_before_and_after_are_not_disturbed() -> None:
     """The tiles of PyTorch's own kernels are set as they were."""
     one, other = torch.randn(300, 100).bfloat16(), torch.randn(100, 200).bfloat16()
@@ -99,22 +101,22 @@ def test_matrix_products_before_and_after_are_not_disturbed() -> None:
     assert torch.equal(one @ other, before)
 
 
-@needs_units
+@needs_code
 def test_operations_are_what_they_are_declared_to_be() -> None:
     query, key, value, grad = some((40, 13), 4, 2, 32, left=5)
     ends = torch.tensor([0, 40, 53], dtype=torch.int32)
-    opcheck(_amx_attention.attend, (query.requires_grad_(), key, value, ends, SCALE))
-    out, logsumexp_HM = _amx_attention.attend(query.detach(), key, value, ends, SCALE)
+    opcheck(_bf16_attention.attend, (query.requires_grad_(), key, value, ends, SCALE))
+    out, logsumexp_HM = _bf16_attention.attend(query.detach(), key, value, ends, SCALE)
     opcheck(
-        _amx_attention.attend_backward, (query.detach(), key, value, out, logsumexp_HM, grad, ends, SCALE)
+        _bf16_attention.attend_backward, (query.detach(), key, value, out, logsumexp_HM, grad, ends, SCALE)
     )
 
 
-@needs_units
+@needs_code
 @pytest.mark.parametrize("in_one_row", [True, False])
 def test_models_reach_it(in_one_row: bool) -> None:
     """A batch of two is two samples in a row; layouts that are no row's are copied."""
-    _amx_attention.prepare()
+    _bf16_attention.prepare()
     given = some((50, 50), 4, 2, 32)
     expected = by_formula(given, (50, 50), torch.float64)
     more = {"cu_seq_lens_q": torch.tensor([0, 50, 100], dtype=torch.int32)} if in_one_row else {}
@@ -129,21 +131,21 @@ def test_models_reach_it(in_one_row: bool) -> None:
             else attention.attention(MODULE, *leaves, None, scaling=SCALE, **more)
         )
         found = [out.transpose(1, 2), *torch.autograd.grad(out, leaves, grad.transpose(1, 2))]
-    assert {"tunewright::amx_attention", "tunewright::amx_attention_backward"} <= set(seen.called)
+    assert {"tunewright::bf16_attention", "tunewright::bf16_attention_backward"} <= set(seen.called)
     for own, exact in zip(found, expected, strict=True):
         flat = own.transpose(1, 2).reshape(1, 100, -1, 32).transpose(1, 2)
         assert (flat - exact).norm() < 6e-3 * exact.norm()
 
 
-@needs_units
+@needs_code
 def test_other_heads_and_other_numbers_go_another_way() -> None:
-    _amx_attention.prepare()
+    _bf16_attention.prepare()
     query, *_ = some((5,), 1, 1, 48)
-    assert not _amx_attention.fits(query)
-    assert not _amx_attention.fits(torch.randn(1, 1, 5, 64))
+    assert not _bf16_attention.fits(query)
+    assert not _bf16_attention.fits(torch.randn(1, 1, 5, 64))
     ends = torch.tensor([0, 5])
     with pytest.raises(ValueError, match="48"):
-        _amx_attention.attend(query, query, query, ends, SCALE)
+        _bf16_attention.attend(query, query, query, ends, SCALE)
 
 
 # Without
@@ -161,37 +163,47 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
 @pytest.mark.parametrize(
     ("compiler", "said"), [("no-such-compiler", "no C++ compiler"), ("false", "compiler says: 1")]
 )
-@needs_units
+@needs_code
 def test_without_a_compiler_that_works(
     anew: Any, monkeypatch: Any, tmp_path: Any, compiler: str, said: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    assert said in anew("_amx_attention")
-    assert not _amx_attention.fits(some((5,), 1, 1, 64)[0])
+    assert said in anew("_bf16_attention")
+    assert not _bf16_attention.fits(some((5,), 1, 1, 64)[0])
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_without_matrix_units(anew: Any, monkeypatch: Any) -> None:
+def test_without_instructions_for_bf16(anew: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(_native, "cpu_flags", lambda: {"avx2", "avx512f"})
-    assert "no bf16 matrix units" in anew("_amx_attention")
+    assert anew("_bf16_attention") == "the processor has no avx512_bf16"
 
 
-@needs_units
+@needs_code
+def test_without_matrix_units_it_is_as_near(anew: Any, monkeypatch: Any) -> None:
+    """What a processor with units has besides, AVX-512, is enough."""
+    without = _native.cpu_flags() - set(_native._UNITS)
+    monkeypatch.setattr(_native, "cpu_flags", lambda: without)
+    assert anew("_bf16_attention") == ""
+    assert_as_near_as_plain(some((300, 5, 129), 4, 2, 64, left=9), (300, 5, 129))
+    assert anew("_amx_products") == "the processor has no amx_bf16"
+
+
+@needs_code
 def test_a_c_compiler_will_do(anew: Any, monkeypatch: Any) -> None:
     """Some libraries set CXX to gcc."""
     monkeypatch.setenv("CXX", "gcc")
-    assert anew("_amx_attention") == ""
+    assert anew("_bf16_attention") == ""
 
 
-@needs_units
+@needs_code
 def test_it_is_built_once(anew: Any, monkeypatch: Any, tmp_path: Any) -> None:
-    assert anew("_amx_attention") == ""
+    assert anew("_bf16_attention") == ""
     (built,) = tmp_path.rglob("*.*")
     changed = built.stat().st_mtime_ns
     monkeypatch.setattr(_native, "_build", lambda *given: pytest.fail("built again"))
-    assert anew("_amx_attention") == ""
+    assert anew("_bf16_attention") == ""
     assert built.stat().st_mtime_ns == changed
 
 
 def test_doctor_says_what_attention_is_computed_by() -> None:
-    assert process.settings()["attention on matrix units"] == (LACKING or "yes")
+    assert process.settings()["attention of its own code"] == (LACKING or "yes")

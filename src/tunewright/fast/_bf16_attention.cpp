@@ -1,17 +1,15 @@
-// Causal attention and its gradient for bf16 matrix units (Intel AMX), over samples that follow one another in a row.
+// Causal attention and its gradient in bf16, over samples that follow one another in a row.
 //
 // FlashAttention's sums (Dao et al. 2022, arXiv:2205.14135), with scores held transposed: keys are rows, queries are
-// columns. So a query's maximum, sum and delta lie in vector lanes, and every product finds its operands as matrix
-// units want them, without a transposition inside the loops:
+// columns. So a query's maximum, sum and delta lie in vector lanes, and every product finds its operands as `square`
+// wants them, without a transposition inside the loops:
 //
 //     S' = K Q'     O' += V' P'     dP' = V dO'     dV += P' dO     dK += dS' Q     dQ' += K' dS'
 //
-// A matrix unit multiplies A [16 x 32 bf16] by B [32 x 16 bf16] into C [16 x 16 fp32]; B holds pairs of rows side by
-// side in 32 bits. Suffixes: _rows is [tokens, D]; _cols is [D, tokens]; _by_d holds pairs of features [D/2, tokens];
-// _by_t holds pairs of tokens [tokens/2, D].
+// Suffixes: _rows is [tokens, D]; _cols is [D, tokens]; _by_d holds pairs of features [D/2, tokens]; _by_t holds pairs of
+// tokens [tokens/2, D].
 
-#include "_tiles.h"
-#include "_vectors.h"
+#include "_squares.h"
 
 #include <algorithm>
 #include <cmath>
@@ -21,8 +19,6 @@
 
 
 namespace {
-
-using pair = uint32_t;  // two bf16
 
 constexpr int BLOCK = 64;  // queries, and keys, worked on at once
 constexpr int STEP = 32;   // samples are filled up to a multiple of this
@@ -38,39 +34,6 @@ struct Tensor {
     int64_t head, token;  // strides, in elements
     Rows rows(int64_t h, int64_t first) const { return {at + h * head + first * token, token}; }
 };
-
-// ---- matrix units
-
-// C [32 x 32] (+)= A [32 x 32 steps] B
-template <bool ADD>
-inline void square(float* C, int ldc, const bf16* A, int lda, const pair* B, int ldb, int steps) {
-    const int c = ldc * 4, a = lda * 2, b = ldb * 4;
-    if (ADD) {
-        _tile_loadd(0, C, c);
-        _tile_loadd(1, C + 16, c);
-        _tile_loadd(2, C + 16 * ldc, c);
-        _tile_loadd(3, C + 16 * ldc + 16, c);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int s = 0; s < steps; ++s) {
-        _tile_loadd(4, A + 32 * s, a);
-        _tile_loadd(6, B + 16 * s * ldb, b);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, B + 16 * s * ldb + 16, b);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, A + 16 * lda + 32 * s, a);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, C, c);
-    _tile_stored(1, C + 16, c);
-    _tile_stored(2, C + 16 * ldc, c);
-    _tile_stored(3, C + 16 * ldc + 16, c);
-}
 
 // C [rows x cols] (+)= A [rows x depth] B; all multiples of 32
 template <bool ADD>
