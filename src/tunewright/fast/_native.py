@@ -48,12 +48,8 @@ def has_units() -> bool:
 @cache
 def why_not(name: str) -> str:
     """Why the code of that name cannot be run here; empty if it can. It is built for that."""
-    if platform.system() != "Linux":
-        return "it is for Linux"
-    if lacking := _source(name).needs() - cpu_flags():
-        return f"the processor has no {min(lacking)}"
-    if compiler() is None:
-        return "there is no C++ compiler"
+    if lacking := _lacking(name):
+        return lacking
     try:
         if library(name).allow():
             return _DENIED
@@ -64,6 +60,14 @@ def why_not(name: str) -> str:
         return f"it cannot be built: {error}"
     BUILT.add(name)
     return ""
+
+
+def _lacking(name: str) -> str:
+    if platform.system() != "Linux":
+        return "it is for Linux"
+    if needed := _source(name).needs() - cpu_flags():
+        return f"the processor has no {min(needed)}"
+    return "" if compiler() else "there is no C++ compiler"
 
 
 @cache
@@ -106,7 +110,7 @@ class _Source:
 
     def flags(self) -> tuple[str, ...]:
         """For the compiler."""
-        flags = _FLAGS
+        flags: tuple[str, ...] = _FLAGS
         if self.needs():
             used = [*_VECTORS, *(_UNITS if has_units() else ())]
             flags += ("-mfma", *(f"-m{name.replace('avx512_', 'avx512').replace('_', '-')}" for name in used))
