@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunewright.core.paths import cache_folder
+
 if TYPE_CHECKING:
     from tunewright.head_to_head import Compared
     from tunewright.runs import Run
@@ -24,6 +26,8 @@ __all__ = ["compare", "load", "run"]
 # of them comes again. Both ask for this once.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+# What torch.compile makes is kept with what else is. PyTorch settles on a folder under /tmp as soon as it is imported.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
 
 # Half a million objects are made before training begins, by imports above all, and stay. To search them for garbage after
 # every 700 new ones, as Python does unasked, takes an eighth of that time.

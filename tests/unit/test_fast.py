@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,9 +148,7 @@ def test_compiling_needs_blocks_and_a_compiler(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch.compile imports
-def test_only_what_learns_is_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+def test_only_what_learns_is_compiled() -> None:
     model, ids_BT = llama(), batch(9, 12)["input_ids"]
     with torch.no_grad():
         trained, measured = model(ids_BT).logits, model.eval()(ids_BT).logits
@@ -156,8 +156,18 @@ def test_only_what_learns_is_compiled(cache: Path, monkeypatch: pytest.MonkeyPat
             assert all(block._compiled_call_impl for block in model.model.layers)
             assert torch.equal(model(ids_BT).logits, measured)
             assert torch.equal(model.train()(ids_BT).logits, trained)
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == cache / "compiled"
     assert not any(block._compiled_call_impl for block in model.model.layers)
+
+
+def test_what_is_compiled_is_kept_with_what_else_is(tmp_path: Path) -> None:
+    """PyTorch settles on a folder of its own as it is imported."""
+    asked = "import tunewright, torch._dynamo\nfrom torch._inductor.runtime.cache_dir_utils import cache_dir\nprint(cache_dir())"
+    own = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment = {**own, "TUNEWRIGHT_CACHE": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == str(tmp_path / "compiled")
 
 
 # The number of tokens at a time

@@ -110,4 +110,5 @@ def _refused(where: str, name: str, fault: str, fix: str) -> UserError:
 
 def cache_folder() -> Path:
     """``$TUNEWRIGHT_CACHE``, else ``~/.cache/tunewright``."""
-    return Path(os.environ.get("TUNEWRIGHT_CACHE") or Path.home() / ".cache" / "tunewright")
+    chosen = os.environ.get("TUNEWRIGHT_CACHE") or "~/.cache/tunewright"
+    return Path(os.path.expanduser(chosen))  # noqa: PTH111 - Path's own fails where nobody has a home

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tunewright.core.paths import cache_folder
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _native
 from tunewright.fast._lower_blocks import frozen
@@ -91,7 +90,6 @@ class Compile(Technique):
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
         """Every block computes by its compiled form while gradients are wanted."""
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one block needs no pool of processes
         if work.device.type == "cpu" and not work.portion.given:
             work.portion.take(min(work.portion.whole, _at_a_time(work)))
