@@ -156,6 +156,13 @@ def machine() -> Tree:
     }
 
 
+def place(device: str, machine: Tree) -> str:
+    """What results are kept under: ``gpu``, or ``cpu`` and the best that the processor has for bf16. Those of different
+    processors are not mixed.
+    """
+    return " ".join(["cpu", *machine["extensions"][:1]]) if device == "cpu" else device
+
+
 def _commit() -> str:
     asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(asked, check=False, capture_output=True, text=True)

@@ -109,13 +109,14 @@ def main() -> None:
     runner.all(jobs)
     every = jobs if trial else plan.jobs(whole, {}, plan.tuned())
     found = figures.summary(every, runner.journal, {"caches": given.caches, "threads": given.threads})
+    place = figures.place(given.device, found["machine"])
     if trial:
-        page.write({given.device: found}, whole, given.folder, given.folder)
-        print(page.text("en", {given.device: found}, whole))
+        page.write({place: found}, whole, given.folder, given.folder)
+        print(page.text("en", {place: found}, whole))
         return
     before = page.load()
-    made = figures.beside(found, before.get(given.device, {}), list(whole["workloads"]))
-    page.write({**before, given.device: made}, whole)
+    made = figures.beside(found, before.get(place, {}), list(whole["workloads"]))
+    page.write({**before, place: made}, whole)
 
 
 if __name__ == "__main__":

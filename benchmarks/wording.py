@@ -50,7 +50,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "without what is drawn for them. LLaMA-Factory is given an empty module for "
         "torchaudio, which it imports but never uses for text.",
         "caches": {"cold": "empty at the start of every run", "warm": "kept between a system's runs"},
-        "targets": "## Targets",
+        "targets": "### Targets",
         "targets_head": "| workload | target | asked | reached | met |\n|---|---|---:|---:|---|",
         "yes": "yes", "no": "no", "unmeasured": "not measured",
         "what": {
@@ -59,7 +59,9 @@ WORDS: dict[str, dict[str, Any]] = {
             "later_epochs": "tokens/s after the first epoch", "time_to_loss": "time to the loss",
         },
         "against": "{what} against {other}", "off_by": "{what}, difference to {other}",
-        "cpu": "## On {threads} CPU threads", "gpu": "## On a GPU: {name}",
+        "cpu": "## On {threads} CPU threads, {kind}", "no_bf16": "no instructions for bf16",
+        "elsewhere": "Targets are set for matrix units (amx_bf16). Where a processor has none, products are most of every system's "
+        "time, and none can be faster than its rate.", "gpu": "## On a GPU: {name}",
         "machine": "{processor}, {memory}{extensions}; Python {python}; commit {commit}, {when}.",
         "stamp": "Measured earlier: commit {commit}, {when}.",
         "rates": "bf16 matrix products in the same run: {square} on a large square, {own_shapes} on this model's own shapes.",
@@ -97,7 +99,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "`candidates` 中找到的最快组合，列在下文；搜索在任务 a 上进行，其余任务也用这些设置；g 与 h 不用打包，DPOTrainer 与 GRPOTrainer 没有这一功能。g 由 DPOTrainer 学习，h 由 GRPOTrainer 学习；"
         "g 的词元数为每对的两段对话之和，h 为数据行自身的词元数，不含所生成的回答。LLaMA-Factory 会导入 torchaudio，但处理文本时从不使用，这里给它一个空模块。",
         "caches": {"cold": "每次运行开始时为空", "warm": "在同一系统的多次运行之间保留"},
-        "targets": "## 目标",
+        "targets": "### 目标",
         "targets_head": "| 任务 | 目标 | 要求 | 达到 | 满足 |\n|---|---|---:|---:|---|",
         "yes": "是", "no": "否", "unmeasured": "未测",
         "what": {
@@ -106,7 +108,8 @@ WORDS: dict[str, dict[str, Any]] = {
             "later_epochs": "第一轮之后的词元/秒", "time_to_loss": "达到该损失的时间",
         },
         "against": "{what}，相对于 {other}", "off_by": "{what}，与 {other} 之差",
-        "cpu": "## {threads} 个 CPU 线程", "gpu": "## GPU：{name}",
+        "cpu": "## {threads} 个 CPU 线程，{kind}", "no_bf16": "无 bf16 指令",
+        "elsewhere": "目标是按矩阵单元（amx_bf16）设定的。没有矩阵单元时，各系统的时间大多花在矩阵乘上，谁也快不过处理器自身的速率。", "gpu": "## GPU：{name}",
         "machine": "{processor}，{memory}{extensions}；Python {python}；提交 {commit}，{when}。",
         "stamp": "较早测得：提交 {commit}，{when}。",
         "rates": "同一次运行中的 bf16 矩阵乘：大方阵 {square}，模型自身的形状 {own_shapes}。",

@@ -308,9 +308,25 @@ def test_a_page_with_figures(workloads: Tree, tmp_path: Path, language: str) -> 
         failed="exit status 1\n  5%|\nMemoryError: no | memory\n",
     )
     found = figures.summary([ours, trl, hf], journal, {"caches": "cold", "threads": None})
-    text = page.text(language, {"cpu": found}, workloads)
+    text = page.text(language, {"cpu amx_bf16": found}, workloads)
     met = WORDS[language]["yes"], WORDS[language]["no"]
     assert f"≥ 10.00x | 20.00x | {met[0]} |" in text
     assert f"≤ 0.20x | 0.25x | {met[1]} |" in text
     assert "2.00 TFLOP/s" in text
     assert "MemoryError: no \\| memory" in text
+    assert WORDS[language]["elsewhere"] not in text
+    both = page.text(language, {"cpu": found, "cpu amx_bf16": found}, workloads)
+    assert both.count(f"≤ 0.20x | 0.25x | {met[1]} |") == 2
+    assert (
+        both.index("amx_bf16\n")
+        < both.index(WORDS[language]["no_bf16"])
+        < both.index(WORDS[language]["elsewhere"])
+    )
+
+
+def test_results_of_different_processors_are_kept_apart() -> None:
+    both = {"extensions": ["amx_bf16", "avx512_bf16"]}
+    assert figures.place("cpu", both) == "cpu amx_bf16"
+    assert figures.place("cpu", {"extensions": both["extensions"][1:]}) == "cpu avx512_bf16"
+    assert figures.place("cpu", {"extensions": []}) == "cpu"
+    assert figures.place("gpu", both) == "gpu"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tunewright.core.errors import RecipeError
 from tunewright.fast import _native
 from tunewright.fast.compile import Compile
 from tunewright.fast.micro_batch import MicroBatch
+from tunewright.models import likelihood
 from tunewright.models.announce import listening
 from tunewright.recipes import load
 
@@ -439,3 +441,18 @@ def test_techniques_look_at_the_shortest_rows_without_their_padding() -> None:
     assert given["labels"].tolist() == [[106, 107, 108], [118, 119, 120]]
     assert given[fast.LENGTH].tolist() == [2, 3]
     assert given["pairs"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("first", "kept"), [(0, 128), (90, 128), (300, 332), (490, 500), (500, 500)])
+def test_of_long_rows_no_more_is_looked_at_than_shows_labels(first: int, kept: int) -> None:
+    """Rows of 4,096 tokens took 35 seconds before a training's first step."""
+    labels = torch.full((2, 500), likelihood.IGNORED)
+    labels[0, 3:], labels[1, first:] = 7, 7
+    given = {"input_ids": torch.zeros(2, 500, dtype=torch.int64), "labels": labels}
+    seen: list[dict[str, torch.Tensor]] = []
+    lengths = torch.tensor([500, 499])
+    look = partial(fast.look, work(nn.Linear(2, 2), given | {fast.LENGTH: lengths}), rows=2)
+    look(lambda batch: seen.append(dict(batch)))
+    (found,) = seen
+    assert found["input_ids"].shape == found["labels"].shape == (2, kept)
+    assert found[fast.LENGTH].tolist() == [min(kept, 500), min(kept, 499)]

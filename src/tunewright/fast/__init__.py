@@ -20,6 +20,8 @@ from tunewright.models import anatomy, likelihood
 from tunewright.models.announce import announced
 
 Batch = Mapping[str, Tensor]
+_LOOKED_AT = 128
+"""Tokens of a row that tell what a technique asks of a model."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def using(switches: Switches, work: Work, told: Callable[[dict[str, str]], objec
 
 def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int = 1) -> None:
     """Let the shortest of the first rows go through the model, or through ``compute``, for a technique that watches or
-    compares.
+    compares; of long ones no more than shows some labels.
 
     Nothing is learned or random in it.
     """
@@ -170,16 +172,25 @@ def agrees(work: Work, compare: Callable[[Batch], bool], rows: int = 1) -> bool:
 
 
 def _shortest(batch: Batch, rows: int) -> Batch:
-    """So many of its rows, without what pads them only beside longer ones."""
+    """So many of its rows, without what pads them only beside longer ones, or comes long after their first labels."""
     if LENGTH not in batch:
         return {name: tensor[:rows] for name, tensor in batch.items()}
     shape = batch["input_ids"].shape
     chosen = batch[LENGTH].argsort(stable=True)[:rows].sort().values
-    longest = int(batch[LENGTH][chosen].max())
+    longest = min(int(batch[LENGTH][chosen].max()), _enough(batch["labels"][chosen]))
 
     def cut(tensor: Tensor) -> Tensor:
         if len(tensor) != shape[0]:  # what a batch has of pairs, not of rows
             return tensor[:rows]
         return tensor[chosen][:, :longest] if tensor.shape == shape else tensor[chosen]
 
-    return {name: cut(tensor) for name, tensor in batch.items()}
+    return {name: cut(tensor) for name, tensor in batch.items()} | {
+        LENGTH: batch[LENGTH][chosen].clamp(max=longest)
+    }
+
+
+def _enough(labels_BT: Tensor) -> int:
+    """Tokens of these rows of which each has a label, if it has any in the whole."""
+    learned_BT = labels_BT != likelihood.IGNORED
+    first_B = torch.where(learned_BT.any(1), learned_BT.int().argmax(1), labels_BT.shape[1])
+    return max(_LOOKED_AT, int(first_B.max()) + _LOOKED_AT // 4)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunewright.fast import _bf16_attention as amx
+from tunewright.fast import _bf16_attention as bf16
 from tunewright.fast import _packed_attention as packed
 
 
@@ -66,8 +66,8 @@ def _attend(
     at, tokens = _found(ends, prefixes), query.shape[2]
     whole = (_picked(x, at.from_row) for x in (query, key, value))
     logsumexp_HM = query.new_zeros(query.shape[1], tokens, dtype=torch.float32)
-    if amx.fits(query):
-        out, sums = amx.attend(*whole, at.ends, scale)
+    if bf16.fits(query):
+        out, sums = bf16.attend(*whole, at.ends, scale)
         logsumexp_HM[:, : len(at.own)] = sums[:, at.own]
     else:
         out = packed.attend(*whole, at.ends, scale)
@@ -94,9 +94,9 @@ def _backward(
     at, tokens = _found(ends, prefixes), query.shape[2]
     query, key, value, out = (_picked(x, at.from_row) for x in (query, key, value, out))
     grad = _put(grad, at.own, len(at.from_row))  # what shared tokens make of it counts once
-    if amx.fits(query):
+    if bf16.fits(query):
         sums = logsumexp_HM[:, at.from_row].contiguous()
-        made = amx.attend_backward(query, key, value, out, sums, grad, at.ends, scale)
+        made = bf16.attend_backward(query, key, value, out, sums, grad, at.ends, scale)
     else:
         made = packed.attend_backward(query, key, value, grad, at.ends, scale)
     for_query, for_key, for_value = (_summed(x, at, tokens) for x in made)
