@@ -173,7 +173,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("lengths", [(9, 12), (9,)])
+@pytest.mark.parametrize("lengths", [(9, 12), (9,), (16,)])
 @pytest.mark.parametrize("name", REFUSED)
 def test_methods_for_which_a_sample_is_more_than_its_tokens(name: str, lengths: tuple[int, ...]) -> None:
     options, reason = REFUSED[name]

@@ -94,7 +94,8 @@ def _agrees(work: Work) -> bool:
     def compare(batch: Batch) -> bool:
         if LENGTH not in batch:
             return False
-        few = likelihood.thinned(batch)
+        alone = len(batch["input_ids"]) == 1
+        few = likelihood.thinned({name: torch.cat([x, x]) if alone else x for name, x in batch.items()})
         expected = likelihood.sampled(work.model, few)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
         with Attention().on(work):
