@@ -61,8 +61,9 @@ def _place(language: str, place: str, results: Tree, plan: Tree) -> list[str]:
         rates = {key: f"{value['median'] / _TERA:.2f} TFLOP/s" for key, value in results["rates"].items()}
         parts.append(words["rates"].format(**rates))
     if device == "cpu":
-        parts += [words["targets"], tables.of_targets(language, results, plan, reasons=place == _ORDER[0])]
-        parts += [words["elsewhere"]] if place != _ORDER[0] else []
+        meant = place == _ORDER[0]
+        parts += [words["targets"], tables.of_targets(language, results, plan, meant)]
+        parts += [] if meant else [words["elsewhere"]]
     for name, cases in results["workloads"].items():
         about = plan["workloads"][name]
         parts += [f"### {name}: {about['title'][language]}", *tables.of_workload(language, about, cases)]

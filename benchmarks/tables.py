@@ -12,21 +12,21 @@ _GB = 1e9
 _UNITS = {"peak_memory": " GB", "seconds": " s", "first_step": " s", "time_to_loss": " s"}
 
 
-def of_targets(language: str, results: Tree, plan: Tree, reasons: bool) -> str:
-    """What was asked of the workloads that were run and what was reached; with the reasons that they give for what falls
-    short, if those are of this machine.
+def of_targets(language: str, results: Tree, plan: Tree, meant: bool) -> str:
+    """What was asked and what was reached. If this is the machine that targets are meant for, all of them, with the reasons
+    that workloads give for what falls short; else those of the workloads that were run.
     """
     words = WORDS[language]
     lines, notes = [words["targets_head"]], []
     for target in targets.judged(plan, results):
-        if target["workload"] not in results["workloads"]:
+        if not meant and target["workload"] not in results["workloads"]:
             continue
         aim, reached, met = _aim(language, target), words["unmeasured"], ""
         if target["met"] is not None:
             reached, met = _number(target, target["reached"]), words["yes" if target["met"] else "no"]
         lines.append(f"| {target['workload']} | {aim} | {_bound(target)} | {reached} | {met} |")
         note = target.get("note", {}).get(language)
-        if reasons and note and target["met"] is False:
+        if meant and note and target["met"] is False:
             notes.append(f"- {target['workload']}, {aim}: {note}")
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 

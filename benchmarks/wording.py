@@ -60,8 +60,8 @@ WORDS: dict[str, dict[str, Any]] = {
         },
         "against": "{what} against {other}", "off_by": "{what}, difference to {other}",
         "cpu": "## On {threads} CPU threads, {kind}", "no_bf16": "no instructions for bf16",
-        "elsewhere": "Targets are set for matrix units (amx_bf16). Where a processor has none, products are most of every system's "
-        "time, and none can be faster than its rate.", "gpu": "## On a GPU: {name}",
+        "elsewhere": "Targets are set for matrix units (amx_bf16). A processor without them has a lower rate, and no system can be faster "
+        "than its steady speed divided by its utilisation.", "gpu": "## On a GPU: {name}",
         "machine": "{processor}, {memory}{extensions}; Python {python}; commit {commit}, {when}.",
         "stamp": "Measured earlier: commit {commit}, {when}.",
         "rates": "bf16 matrix products in the same run: {square} on a large square, {own_shapes} on this model's own shapes.",
@@ -109,7 +109,7 @@ WORDS: dict[str, dict[str, Any]] = {
         },
         "against": "{what}，相对于 {other}", "off_by": "{what}，与 {other} 之差",
         "cpu": "## {threads} 个 CPU 线程，{kind}", "no_bf16": "无 bf16 指令",
-        "elsewhere": "目标是按矩阵单元（amx_bf16）设定的。没有矩阵单元时，各系统的时间大多花在矩阵乘上，谁也快不过处理器自身的速率。", "gpu": "## GPU：{name}",
+        "elsewhere": "目标是按矩阵单元（amx_bf16）设定的。没有矩阵单元的处理器速率较低；任何系统的速度都不会超过其稳态速度除以利用率。", "gpu": "## GPU：{name}",
         "machine": "{processor}，{memory}{extensions}；Python {python}；提交 {commit}，{when}。",
         "stamp": "较早测得：提交 {commit}，{when}。",
         "rates": "同一次运行中的 bf16 矩阵乘：大方阵 {square}，模型自身的形状 {own_shapes}。",

@@ -30,8 +30,9 @@ os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
 
 # Half a million objects are made before training begins, by imports above all, and stay. To search them for garbage after
-# every 700 new ones, as Python does unasked, takes an eighth of that time.
-gc.set_threshold(max(50_000, gc.get_threshold()[0]))
+# every 700 new ones, as Python does unasked, takes a tenth of that time. Nought means that somebody wants no search.
+if 0 < gc.get_threshold()[0] < 50_000:
+    gc.set_threshold(50_000)
 
 
 def run(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, fresh: bool = False,

@@ -65,7 +65,7 @@ def reach(model: Any) -> float:
 def in_one_row(
     batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] = (), multiple: int = _STEP
 ) -> dict[str, Tensor]:
-    """The batch of B samples as one row [1, M]; M is such a ``multiple``.
+    """The batch of B samples as one row [1, M], where M is a multiple of ``multiple``.
 
     ``cu_seq_lens_q`` int32 [B + 1] says where each begins, and where the last ends. With ``owners`` and ``counts`` [B]
     a sample's first tokens are left out, so many, since its owner's are the same; ``prefixes`` int64 [B, 2] says where

@@ -107,6 +107,6 @@ def settings() -> dict[str, Any]:
         "huge pages": huge_pages() or "unknown",
         "matrix units": [name for name in _TOLD_UNITS if name in flags],
         "bf16 products": "in fp32" if not wide.why_not() else "the processor's own",
-        "attention of its own code": _bf16_attention.prepare() or "yes",
+        "own code for attention": _bf16_attention.prepare() or "yes",
         "large tensors apart": arena.prepare() or "yes",
     }
