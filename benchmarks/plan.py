@@ -24,10 +24,27 @@ def load(path: Path = WORKLOADS) -> Tree:
     return found
 
 
-def tuned(path: Path = TUNED) -> Tree:
-    """Settings found for the peers: system -> workload -> settings."""
+def tuned(place: str, path: Path = TUNED) -> Tree:
+    """Settings found for the peers on such a processor or GPU: system -> workload -> settings."""
+    return _all_tuned(path).get(place, {})  # type: ignore[no-any-return]
+
+
+def tuned_elsewhere(place: str, system: str, workload: str, path: Path = TUNED) -> list[Tree]:
+    """What was found for one of them on other kinds of processors."""
+    others = (found for other, found in _all_tuned(path).items() if other != place)
+    return [found[system][workload] for found in others if workload in found.get(system, {})]
+
+
+def _all_tuned(path: Path) -> Tree:
     found: Tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
+
+
+def keep_tuned(place: str, system: str, workload: str, settings: Tree, path: Path = TUNED) -> None:
+    """Put down what was found; what is best on one processor need not be on another."""
+    found = _all_tuned(path)
+    found.setdefault(place, {}).setdefault(system, {})[workload] = settings
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def merged(base: Tree, over: Tree) -> Tree:

@@ -67,7 +67,7 @@ def wanted_jobs(given: argparse.Namespace, whole: Tree, runner: Runner) -> list[
     for key in ("workloads", "systems"):
         if unknown := set(wanted[key] or ()) - whole[key].keys():
             sys.exit(f"there are no {key} {', '.join(sorted(unknown))}; there are {', '.join(whole[key])}")
-    tuned = plan.tuned()
+    tuned = plan.tuned(place(given))
     left_out = plan.untuned(whole, tuned, wanted["workloads"] or list(whole["workloads"]))
     if left_out and given.device == "cpu":
         print(f"without settings (python -m benchmarks.tune_peers), left out: {', '.join(left_out)}")
@@ -79,6 +79,11 @@ def wanted_jobs(given: argparse.Namespace, whole: Tree, runner: Runner) -> list[
     if absent:
         print(f"not installed (make bench-peers), left out: {', '.join(sorted(absent))}")
     return [job for job in jobs if job.system not in absent]
+
+
+def place(given: argparse.Namespace) -> str:
+    """What results and peers' settings of this machine are kept under."""
+    return figures.place(given.device, figures.machine())
 
 
 def holds(python: Path, condition: str) -> bool:
@@ -107,16 +112,16 @@ def main() -> None:
         print("\n".join([*runner.breakdown(left), runner.forecast(left)]))
         return
     runner.all(jobs)
-    every = jobs if trial else plan.jobs(whole, {}, plan.tuned())
+    here = place(given)
+    every = jobs if trial else plan.jobs(whole, {}, plan.tuned(here))
     found = figures.summary(every, runner.journal, {"caches": given.caches, "threads": given.threads})
-    place = figures.place(given.device, found["machine"])
     if trial:
-        page.write({place: found}, whole, given.folder, given.folder)
-        print(page.text("en", {place: found}, whole))
+        page.write({here: found}, whole, given.folder, given.folder)
+        print(page.text("en", {here: found}, whole))
         return
     before = page.load()
-    made = figures.beside(found, before.get(place, {}), list(whole["workloads"]))
-    page.write({**before, place: made}, whole)
+    made = figures.beside(found, before.get(here, {}), list(whole["workloads"]))
+    page.write({**before, here: made}, whole)
 
 
 if __name__ == "__main__":

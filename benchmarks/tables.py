@@ -107,21 +107,26 @@ def _shown(key: str, value: float) -> str:
 
 
 def of_settings(language: str, results: Tree) -> str:
-    """Every variant's settings and libraries; workloads with the same ones share a line."""
-    named: dict[tuple[str, str, str], list[str]] = {}
-    for device in results.values():
+    """Every variant's settings and libraries; workloads and processors with the same ones share a line."""
+    named: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for place, device in results.items():
         for workload, system, one in _each(device):
             libraries = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-            listed = named.setdefault((system, json.dumps(one["settings"]), libraries), [])
+            where = named.setdefault((system, json.dumps(one["settings"]), libraries), {})
+            listed = where.setdefault(place.split()[-1], [])
             listed += [workload] if workload not in listed else []
     order = list(SYSTEMS[language])
     lines = [
-        f"| {SYSTEMS[language][system]} | {', '.join(workloads)} | `{told}` | {libraries} |"
-        for (system, told, libraries), workloads in sorted(
+        f"| {SYSTEMS[language][system]} | {_where(where)} | `{told}` | {libraries} |"
+        for (system, told, libraries), where in sorted(
             named.items(), key=lambda item: order.index(item[0][0])
         )
     ]
     return "\n".join([WORDS[language]["settings_head"], *lines])
+
+
+def _where(workloads: dict[str, list[str]]) -> str:
+    return "; ".join(f"{place}: {', '.join(listed)}" for place, listed in workloads.items())
 
 
 def _each(device: Tree) -> Iterator[tuple[str, str, Tree]]:

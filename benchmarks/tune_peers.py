@@ -1,11 +1,12 @@
-"""Find each peer's best settings: groups of candidates in turn, each option laid over the best so far.
+"""Find each peer's best settings: groups of candidates in turn, each option laid over the best so far. What was best
+on processors of another kind comes first.
 
     python -m benchmarks.tune_peers                         all peers on all workloads that name them
     python -m benchmarks.tune_peers --only trl-best a       one peer on one workload
     python -m benchmarks.tune_peers --rows 4 --check        only see that every candidate runs
 
 The winner is what would end the whole job soonest: what a short run spent beside its later steps, plus all of the
-workload's tokens at the speed of those. It is written to benchmarks/peers.json after each group.
+workload's tokens at the speed of those. It is written to benchmarks/peers.json, for processors of this kind.
 """
 
 import argparse
@@ -49,8 +50,12 @@ def trial(whole: Tree, system: str, workload: str, settings: Tree, rows: int) ->
 class Search:
     """One peer on one workload."""
 
-    def __init__(self, runner: Runner, whole: Tree, system: str, workload: str, rows: int) -> None:
+    def __init__(
+        self, runner: Runner, whole: Tree, system: str, workload: str, rows: int, elsewhere: list[Tree]
+    ) -> None:
+        """``elsewhere`` are settings that were best on other kinds of processors."""
         self.runner, self.whole, self.system, self.workload, self.rows = runner, whole, system, workload, rows
+        self.elsewhere = elsewhere
         full = plan.jobs(
             whole, {"workloads": [workload], "systems": [system], "repeats": 1}, {system: {workload: {}}}
         )[0]
@@ -75,7 +80,11 @@ class Search:
         """The settings that win."""
         best: Tree = self.defaults
         least = self.seconds(best, "defaults")
-        for name, choices in options(self.whole["candidates"]["peers"][self.system], self.method):
+        groups = [("elsewhere", self.elsewhere)] if self.elsewhere else []
+        for name, choices in [
+            *groups,
+            *options(self.whole["candidates"]["peers"][self.system], self.method),
+        ]:
             tried = [plan.merged(best, option) for option in choices]
             times = [
                 self.seconds(one, f"{name} {json.dumps(option)}")
@@ -104,14 +113,14 @@ def main() -> None:
     runner = Runner(given, whole, Journal(given.folder / "tuning.jsonl"), measured=False)
     searches = [(system, workload) for workload in whole["candidates"]["rows"] for system in whole["candidates"]["peers"]
                 if system in whole["workloads"][workload]["systems"]]  # fmt: skip
+    here = run.place(given)
     for system, workload in [tuple(given.only)] if given.only else searches:
-        search = Search(runner, whole, system, workload, given.rows or whole["candidates"]["rows"][workload])
+        rows = given.rows or whole["candidates"]["rows"][workload]
+        search = Search(runner, whole, system, workload, rows, plan.tuned_elsewhere(here, system, workload))
         if given.check:
             search.check()
             continue
-        found = plan.tuned()
-        found.setdefault(system, {})[workload] = search.best()
-        plan.TUNED.write_text(json.dumps(found, indent=1) + "\n")
+        plan.keep_tuned(here, system, workload, search.best())
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "- **Held-out loss** is measured afterwards by plain transformers and PEFT in fp32 on the same rows for all.\n"
         "- *Defaults* are batches of 8 rows on the device and nothing else set; *best settings* are the fastest found by "
         "`python -m benchmarks.tune_peers` among the `candidates` of `workloads.yaml`, named below; they were searched on workload "
-        "a and are used for the others, too, on g and h without packing, which DPOTrainer and GRPOTrainer lack. Workload g is "
+        "a, on a processor of the same kind, and are used for the others, too, on g and h without packing, which DPOTrainer and GRPOTrainer lack. Workload g is "
         "learned by DPOTrainer and h by GRPOTrainer; tokens are those of both conversations of a pair, and of h's rows "
         "without what is drawn for them. LLaMA-Factory is given an empty module for "
         "torchaudio, which it imports but never uses for text.",
@@ -96,7 +96,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "- **首步**：第一个优化器步开始前的时间。**峰值内存**：进程树的最高常驻内存；在 GPU 上为其保留的显存。\n"
         "- **留出损失**：运行之后用普通的 transformers 与 PEFT 以 fp32 在同样的数据行上测量。\n"
         "- “默认设置”为每设备批大小 8，其他一概不改；“最佳设置”是 `python -m benchmarks.tune_peers` 在 `workloads.yaml` 的 "
-        "`candidates` 中找到的最快组合，列在下文；搜索在任务 a 上进行，其余任务也用这些设置；g 与 h 不用打包，DPOTrainer 与 GRPOTrainer 没有这一功能。g 由 DPOTrainer 学习，h 由 GRPOTrainer 学习；"
+        "`candidates` 中找到的最快组合，列在下文；搜索在同类处理器上用任务 a 进行，其余任务也用这些设置；g 与 h 不用打包，DPOTrainer 与 GRPOTrainer 没有这一功能。g 由 DPOTrainer 学习，h 由 GRPOTrainer 学习；"
         "g 的词元数为每对的两段对话之和，h 为数据行自身的词元数，不含所生成的回答。LLaMA-Factory 会导入 torchaudio，但处理文本时从不使用，这里给它一个空模块。",
         "caches": {"cold": "每次运行开始时为空", "warm": "在同一系统的多次运行之间保留"},
         "targets": "### 目标",

@@ -103,6 +103,28 @@ def test_a_peer_without_settings_is_left_out(workloads: Tree) -> None:
     assert "trl-best on a" not in plan.untuned(workloads, TUNED, ["a"])
 
 
+def test_what_is_best_for_a_peer_is_kept_by_processor(tmp_path: Path) -> None:
+    kept = tmp_path / "peers.json"
+    assert plan.tuned("cpu amx_bf16", kept) == {}
+    plan.keep_tuned("cpu amx_bf16", "trl-best", "a", {"args": {}}, kept)
+    plan.keep_tuned("cpu amx_bf16", "trl-best", "c", {"env": {}}, kept)
+    plan.keep_tuned("cpu avx512_bf16", "hf-best", "a", {"load": {}}, kept)
+    assert plan.tuned("cpu amx_bf16", kept) == {"trl-best": {"a": {"args": {}}, "c": {"env": {}}}}
+    assert plan.tuned("cpu avx512_bf16", kept) == {"hf-best": {"a": {"load": {}}}}
+    assert plan.tuned("cpu", kept) == {}
+    assert plan.tuned_elsewhere("cpu avx512_bf16", "trl-best", "a", kept) == [{"args": {}}]
+    assert plan.tuned_elsewhere("cpu amx_bf16", "trl-best", "a", kept) == []
+    assert plan.tuned_elsewhere("cpu", "trl-best", "b", kept) == []
+
+
+def test_settings_that_are_committed_are_for_systems_and_workloads_that_there_are(workloads: Tree) -> None:
+    for place, found in json.loads(plan.TUNED.read_text(encoding="utf-8")).items():
+        assert place.split()[0] in {"cpu", "gpu"}
+        for system, settings in found.items():
+            assert workloads["systems"][system]["tuned"]
+            assert settings.keys() <= workloads["workloads"].keys()
+
+
 def test_fewer_rows_leave_the_held_out_rows_as_they_are(workloads: Tree) -> None:
     few, whole = (
         plan.jobs(workloads, {"workloads": ["a"], "rows": n}, {})[0].work["data"] for n in (8, None)

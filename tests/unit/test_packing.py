@@ -59,7 +59,7 @@ def test_the_row() -> None:
     given = batch(5, 300, 2)
     row = in_one_row(given)
     assert {name: tuple(x.shape) for name, x in row.items()} == {
-        "input_ids": (1, 512), "labels": (1, 512), "position_ids": (1, 512), "cu_seq_lens_q": (4,),
+        "input_ids": (1, 320), "labels": (1, 320), "position_ids": (1, 320), "cu_seq_lens_q": (4,),
     }  # fmt: skip
     assert row["cu_seq_lens_q"].tolist() == [0, 5, 305, 307]
     assert row["position_ids"][0, :307].tolist() == [*range(5), *range(300), *range(2)]
@@ -71,10 +71,20 @@ def test_the_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "whole"), [((256,), 256), ((256, 1), 512), ((100, 156), 256), ((1,), 256)]
-)
+    ("lengths", "whole"),
+    [((1,), 16), ((16,), 16), ((9, 8), 32), ((100, 156), 256), ((256, 1), 288), ((512,), 512), ((500, 413), 960),
+     ((1024,), 1024), ((1000, 900, 149), 2304)],
+)  # fmt: skip
 def test_a_row_is_filled_to_one_of_few_lengths(lengths: tuple[int, ...], whole: int) -> None:
     assert in_one_row(batch(*lengths))["input_ids"].shape == (1, whole)
+
+
+def test_lengths_may_lie_elsewhere_than_tokens() -> None:
+    """On the CPU, as a training's do, where tokens are on a GPU: no value of theirs is asked for."""
+    given = {name: x if name == LENGTH else x.to("meta") for name, x in batch(5, 300, 2).items()}
+    for row in in_one_row(given), in_one_row(given, [1, 1, 1], [3, 0, 1]):
+        assert {x.device.type for x in row.values()} == {"meta"}
+        assert row["input_ids"].shape[1] in (304, 320)
 
 
 @every_kind

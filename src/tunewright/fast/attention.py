@@ -1,10 +1,12 @@
-"""Causal attention on a CPU: the fastest exact implementation for the machine and the heads at hand.
+"""Causal attention: the fastest exact implementation for the machine and the heads at hand.
 
 Where a processor has instructions for bf16 and there is a compiler, code made for them. Elsewhere PyTorch's kernel
 forwards, which is fast, and plain matrix products backwards: its own backward kernel works on tiles so small that it
 takes four times as long (10 sequences of 200 tokens, 9 heads of 64) as forming the scores anew, whole, by batched
 products. Long sequences are worked on in bands of queries, so that memory grows with length and not with its square. The
 softmax's gradient is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
+
+On a GPU PyTorch's own kernels are the fastest: samples in one row have the one for lengths that vary.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _bf16_attention, _causal, _shared_attention
+from tunewright.fast import Technique, Work, _bf16_attention, _causal, _flash_attention, _shared_attention
 from tunewright.fast import _packed_attention as packed
 
 _NAME = "tunewright_causal"
@@ -36,9 +38,11 @@ class Attention(Technique):
     )
 
     def why_not(self, work: Work) -> str:
-        """It is for CPUs, and for models whose attention can be exchanged."""
-        if work.device.type != "cpu" or work.autocast:
-            return "the device's own kernels are faster"
+        """It is for models whose attention can be exchanged, on a device that there is code for."""
+        if work.autocast:
+            return "numbers are cast in each layer"
+        if not _on_cpu(work) and (reason := _flash_attention.why_not(work.device, work.model.dtype)):
+            return reason
         found = getattr(base_model(work.model).config, "_attn_implementation", None)
         return "" if found == _PLAIN else f"the model's attention is {found}"
 
@@ -46,7 +50,8 @@ class Attention(Technique):
     def on(self, work: Work) -> Iterator[None]:
         """The model's attention is ours, and its own again afterwards."""
         register()
-        _bf16_attention.prepare()
+        if _on_cpu(work):
+            _bf16_attention.prepare()
         own = base_model(work.model)
         own.set_attn_implementation(_NAME)
         hooks = [
@@ -59,6 +64,10 @@ class Attention(Technique):
             for hook in hooks:
                 hook.remove()
             own.set_attn_implementation(_PLAIN)
+
+
+def _on_cpu(what: Work | Tensor) -> bool:
+    return what.device.type == "cpu"
 
 
 def _begins(_: Any, __: Any, given: dict[str, Any]) -> None:
@@ -114,14 +123,15 @@ def attention(
     ends, prefixes = others.get("cu_seq_lens_q"), others.get("prefixes")
     if prefixes is not None and more:
         raise ValueError("samples share what they begin with only where attention is plain")
-    if ends is not None and not odd:
+    on_cpu = _on_cpu(query)
+    if ends is not None and not odd and (on_cpu or (_flash_attention.fits(query, value) and not dropout)):
         return _in_a_row(query, key, value, ends, prefixes, dropout, scale), None
     if ends is not None and attention_mask is None:
         attention_mask = packed.mask(ends, query.shape[2])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
     learning = torch.is_grad_enabled() and query.requires_grad
-    if attention_mask is None and causal and alike and learning and not more:
+    if on_cpu and attention_mask is None and causal and alike and learning and not more:
         if _bf16_attention.fits(query):
             return _bf16_attention.in_a_batch(query, key, value, scale), None
         out_BHTD, _ = _attend(query, key, value, scale)
@@ -144,6 +154,8 @@ def _in_a_row(
     scale: float,
 ) -> Tensor:
     """By the implementation for what samples in one row need."""
+    if not _on_cpu(query):
+        return _flash_attention.attention(query, key, value, ends, scale)
     if prefixes is not None:
         return _shared_attention.attention(query, key, value, ends, prefixes, scale)
     if dropout:

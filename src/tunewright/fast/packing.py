@@ -21,7 +21,8 @@ from tunewright.fast.attention import Attention, base_model
 from tunewright.models import likelihood
 from tunewright.models.announce import ROUTER
 
-_STEP, _LOOK_STEP = 256, 16
+_TO_A_DOUBLING, _LEAST_STEP = 8, 16
+"""Lengths of a row between one and twice that one, and how far they are apart at least."""
 _NAME = "packing"
 
 
@@ -62,30 +63,37 @@ def reach(model: Any) -> float:
     return min((window for window in windows if window), default=math.inf)
 
 
-def in_one_row(
-    batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] = (), multiple: int = _STEP
-) -> dict[str, Tensor]:
-    """The batch of B samples as one row [1, M], where M is a multiple of ``multiple``.
+def filled(tokens: int) -> int:
+    """The length of a row of so many tokens: an eighth longer at most, if it is not short."""
+    step = max(_LEAST_STEP, (1 << (tokens - 1).bit_length()) // (2 * _TO_A_DOUBLING))
+    return -(-tokens // step) * step
+
+
+def in_one_row(batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] = ()) -> dict[str, Tensor]:
+    """The batch of B samples as one row [1, M], :func:`filled` up.
 
     ``cu_seq_lens_q`` int32 [B + 1] says where each begins, and where the last ends. With ``owners`` and ``counts`` [B]
     a sample's first tokens are left out, so many, since its owner's are the same; ``prefixes`` int64 [B, 2] says where
     those lie in the row, and how many they are.
     """
-    ids_BT, lengths_B = batch["input_ids"], batch[LENGTH]
-    places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-    skipped_B = torch.tensor(counts, device=ids_BT.device) if counts else torch.zeros_like(lengths_B)
-    kept_BT = (places_BT < lengths_B[:, None]) & (places_BT >= skipped_B[:, None])
+    lengths_B = batch[LENGTH].cpu()  # so that no length is asked of a GPU
+    device, width = batch["input_ids"].device, batch["input_ids"].shape[1]
+    skipped_B = torch.tensor(counts) if counts else torch.zeros_like(lengths_B)
     ends_S1 = F.pad((lengths_B - skipped_B).cumsum(0), (1, 0))
-    left = -int(ends_S1[-1]) % multiple
+    tokens = int(ends_S1[-1])
+    places_BT = torch.arange(width).expand(len(lengths_B), -1)
+    kept_BT = (places_BT < lengths_B[:, None]) & (places_BT >= skipped_B[:, None])
+    kept_M = kept_BT.flatten().nonzero()[:, 0].to(device)
     row = {
-        name: F.pad(x_BT[kept_BT], (0, left), value=fill)[None]
+        name: F.pad(x_BT.flatten()[kept_M], (0, filled(tokens) - tokens), value=fill)[None]
         for name, x_BT, fill in (
-            ("input_ids", ids_BT, 0), ("labels", batch["labels"], likelihood.IGNORED), ("position_ids", places_BT, 0),
+            ("input_ids", batch["input_ids"], 0), ("labels", batch["labels"], likelihood.IGNORED),
+            ("position_ids", places_BT.to(device), 0),
         )
     }  # fmt: skip
     if counts:
-        row["prefixes"] = torch.stack([ends_S1[list(owners)], skipped_B], 1)
-    return {**row, "cu_seq_lens_q": ends_S1.to(torch.int32)}
+        row["prefixes"] = torch.stack([ends_S1[list(owners)], skipped_B], 1).to(device)
+    return {**row, "cu_seq_lens_q": ends_S1.to(device, torch.int32)}
 
 
 def _agrees(work: Work) -> bool:
@@ -99,7 +107,7 @@ def _agrees(work: Work) -> bool:
         expected = likelihood.sampled(work.model, few)
         close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
         with Attention().on(work):
-            own = likelihood.sampled(work.model, in_one_row(few, multiple=_LOOK_STEP))
+            own = likelihood.sampled(work.model, in_one_row(few))
         return torch.allclose(own, expected, rtol=close, atol=close)
 
     try:

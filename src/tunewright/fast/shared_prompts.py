@@ -31,6 +31,8 @@ class SharedPrompts(Technique):
 
     def why_not(self, work: Work) -> str:
         """A token must be the same whichever answer follows."""
+        if work.device.type != "cpu":
+            return "PyTorch has no kernel for samples that share tokens for this device"
         if reason := Packing().why_not(work):
             return reason
         config = base_model(work.model).config.get_text_config()
