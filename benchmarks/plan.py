@@ -29,12 +29,6 @@ def tuned(place: str, path: Path = TUNED) -> Tree:
     return _all_tuned(path).get(place, {})  # type: ignore[no-any-return]
 
 
-def tuned_elsewhere(place: str, system: str, workload: str, path: Path = TUNED) -> list[Tree]:
-    """What was found for one of them on other kinds of processors."""
-    others = (found for other, found in _all_tuned(path).items() if other != place)
-    return [found[system][workload] for found in others if workload in found.get(system, {})]
-
-
 def _all_tuned(path: Path) -> Tree:
     found: Tree = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found

@@ -1,5 +1,4 @@
-"""Find each peer's best settings: groups of candidates in turn, each option laid over the best so far. What was best
-on processors of another kind comes first.
+"""Find each peer's best settings: groups of candidates in turn, each option laid over the best so far.
 
     python -m benchmarks.tune_peers                         all peers on all workloads that name them
     python -m benchmarks.tune_peers --only trl-best a       one peer on one workload
@@ -50,12 +49,8 @@ def trial(whole: Tree, system: str, workload: str, settings: Tree, rows: int) ->
 class Search:
     """One peer on one workload."""
 
-    def __init__(
-        self, runner: Runner, whole: Tree, system: str, workload: str, rows: int, elsewhere: list[Tree]
-    ) -> None:
-        """``elsewhere`` are settings that were best on other kinds of processors."""
+    def __init__(self, runner: Runner, whole: Tree, system: str, workload: str, rows: int) -> None:
         self.runner, self.whole, self.system, self.workload, self.rows = runner, whole, system, workload, rows
-        self.elsewhere = elsewhere
         full = plan.jobs(
             whole, {"workloads": [workload], "systems": [system], "repeats": 1}, {system: {workload: {}}}
         )[0]
@@ -80,11 +75,7 @@ class Search:
         """The settings that win."""
         best: Tree = self.defaults
         least = self.seconds(best, "defaults")
-        groups = [("elsewhere", self.elsewhere)] if self.elsewhere else []
-        for name, choices in [
-            *groups,
-            *options(self.whole["candidates"]["peers"][self.system], self.method),
-        ]:
+        for name, choices in options(self.whole["candidates"]["peers"][self.system], self.method):
             tried = [plan.merged(best, option) for option in choices]
             times = [
                 self.seconds(one, f"{name} {json.dumps(option)}")
@@ -113,14 +104,12 @@ def main() -> None:
     runner = Runner(given, whole, Journal(given.folder / "tuning.jsonl"), measured=False)
     searches = [(system, workload) for workload in whole["candidates"]["rows"] for system in whole["candidates"]["peers"]
                 if system in whole["workloads"][workload]["systems"]]  # fmt: skip
-    here = run.place(given)
     for system, workload in [tuple(given.only)] if given.only else searches:
-        rows = given.rows or whole["candidates"]["rows"][workload]
-        search = Search(runner, whole, system, workload, rows, plan.tuned_elsewhere(here, system, workload))
+        search = Search(runner, whole, system, workload, given.rows or whole["candidates"]["rows"][workload])
         if given.check:
             search.check()
             continue
-        plan.keep_tuned(here, system, workload, search.best())
+        plan.keep_tuned(run.place(given), system, workload, search.best())
 
 
 if __name__ == "__main__":

@@ -112,9 +112,6 @@ def test_what_is_best_for_a_peer_is_kept_by_processor(tmp_path: Path) -> None:
     assert plan.tuned("cpu amx_bf16", kept) == {"trl-best": {"a": {"args": {}}, "c": {"env": {}}}}
     assert plan.tuned("cpu avx512_bf16", kept) == {"hf-best": {"a": {"load": {}}}}
     assert plan.tuned("cpu", kept) == {}
-    assert plan.tuned_elsewhere("cpu avx512_bf16", "trl-best", "a", kept) == [{"args": {}}]
-    assert plan.tuned_elsewhere("cpu amx_bf16", "trl-best", "a", kept) == []
-    assert plan.tuned_elsewhere("cpu", "trl-best", "b", kept) == []
 
 
 def test_settings_that_are_committed_are_for_systems_and_workloads_that_there_are(workloads: Tree) -> None:

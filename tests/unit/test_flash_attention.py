@@ -157,24 +157,25 @@ def test_every_tensor_is_where_the_row_is() -> None:
     assert (out.shape, out.device.type) == ((1, 32, 4, 8), "cuda")
 
 
-@pytest.mark.parametrize(
-    ("built", "capability", "dtype", "reason"),
-    [
-        (True, (8, 0), torch.bfloat16, ""),
-        (True, (12, 0), torch.float16, ""),
-        (False, (9, 0), torch.bfloat16, "this device"),
-        (True, (9, 0), torch.float32, "16-bit"),
-        (True, (7, 5), torch.float16, "older"),
-    ],
-)
-def test_what_speaks_against_it(
-    monkeypatch: pytest.MonkeyPatch, built: bool, capability: tuple[int, int], dtype: torch.dtype, reason: str
-) -> None:
-    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: built)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    told = _flash_attention.why_not(torch.device("cuda"), dtype)
-    assert reason in told
-    assert bool(told) == bool(reason)
+def test_a_kernel_that_does_not_compute_is_told_in_its_own_words() -> None:
+    _flash_attention._says.cache_clear()
+    told = _flash_attention._says(torch.device("cpu"), torch.float32)  # PyTorch has it for no CPU
+    assert told.startswith("PyTorch's kernel for samples in one row says: ")
+    assert "_flash_attention_forward" in told
+    _flash_attention._says.cache_clear()
+
+
+def test_a_kernel_that_computes_is_asked_once(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    _flash_attention._says.cache_clear()
+    with watched() as seen:
+        assert _flash_attention._says(torch.device("cpu"), torch.float32) == ""
+        assert _flash_attention._says(torch.device("cpu"), torch.float32) == ""
+    assert seen.called.count(KERNEL) == seen.called.count(BACKWARD) == 1
+    _flash_attention._says.cache_clear()
+
+
+def test_numbers_that_it_is_not_for_are_told() -> None:
+    assert "16-bit" in _flash_attention.why_not(torch.device("cuda"), torch.float32)
 
 
 def test_other_devices_are_told() -> None:

@@ -6,7 +6,7 @@ takes four times as long (10 sequences of 200 tokens, 9 heads of 64) as forming 
 products. Long sequences are worked on in bands of queries, so that memory grows with length and not with its square. The
 softmax's gradient is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135, section 3.1).
 
-On a GPU PyTorch's own kernels are the fastest: samples in one row have the one for lengths that vary.
+On a GPU PyTorch's own kernels compute it: samples in one row have the one for lengths that vary.
 """
 
 from collections.abc import Iterator
