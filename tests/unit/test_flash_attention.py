@@ -165,7 +165,7 @@ def test_a_kernel_that_does_not_compute_is_told_in_its_own_words() -> None:
     _flash_attention._says.cache_clear()
 
 
-def test_a_kernel_that_computes_is_asked_once(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_computes_is_asked_once(kernel: None) -> None:
     _flash_attention._says.cache_clear()
     with watched() as seen:
         assert _flash_attention._says(torch.device("cpu"), torch.float32) == ""
