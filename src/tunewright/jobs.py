@@ -18,7 +18,15 @@ from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Mixture
 from tunewright.models import inspect
-from tunewright.models.load import ModelSource, best_device, find, fingerprint, load_tokenizer, outline
+from tunewright.models.load import (
+    ModelSource,
+    begin_fingerprint,
+    best_device,
+    find,
+    fingerprint,
+    load_tokenizer,
+    outline,
+)
 from tunewright.objectives import _rewards as rewards
 from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import as_data
@@ -267,9 +275,11 @@ def _kept_apart(before: Job) -> list[Problem]:
 
 def _found(stage: Stage, problems: list[Problem]) -> ModelSource:
     try:
-        return find(stage.model, stage.trust_remote_code)
+        source = find(stage.model, stage.trust_remote_code)
     except ModelError as error:
         raise ModelError([*problems, *error.problems]) from None
+    begin_fingerprint(source)
+    return source
 
 
 def _longest(stage: Stage, source: ModelSource, method: methods.Method) -> int:

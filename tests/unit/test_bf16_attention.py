@@ -31,14 +31,21 @@ def some(lengths: Sequence[int], heads: int, groups: int, width: int, left: int 
     return query * size, key, value, grad
 
 
-def by_formula(given: Any, lengths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients, each sample alone, in such numbers by PyTorch."""
+Prefixes = Sequence[tuple[int, int]]
+
+
+def by_formula(
+    given: Any, lengths: Sequence[int], dtype: torch.dtype, prefixes: Prefixes = ()
+) -> list[Tensor]:
+    """Output and gradients, each sample alone, after what it goes on from, in such numbers by PyTorch."""
     query, key, value = (x.detach().to(dtype).requires_grad_() for x in given[:3])
     repeats, outs = query.shape[1] // key.shape[1], []
-    for first, last in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-        q, k, v = (x[:, :, first:last] for x in (query, key, value))
+    bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    for (first, last), (source, count) in zip(bounds, prefixes or [(0, 0)] * len(lengths), strict=True):
+        before, own = slice(source, source + count), slice(first, last)
+        q, k, v = (torch.cat([x[:, :, before], x[:, :, own]], 2) for x in (query, key, value))
         k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
-        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE))
+        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)[:, :, count:])
     out = torch.cat(outs, 2)
     return [
         out.detach(),
@@ -46,20 +53,24 @@ def by_formula(given: Any, lengths: Sequence[int], dtype: torch.dtype) -> list[T
     ]
 
 
-def ours(given: Any, lengths: Sequence[int]) -> list[Tensor]:
+def ours(given: Any, lengths: Sequence[int], prefixes: Prefixes = ()) -> list[Tensor]:
     query, key, value = (x.detach().requires_grad_() for x in given[:3])
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
-    out = _bf16_attention.in_a_row(query, key, value, ends, SCALE).transpose(1, 2)
+    shared = torch.tensor(prefixes) if prefixes else None
+    out = _bf16_attention.in_a_row(query, key, value, ends, SCALE, shared).transpose(1, 2)
     return [out.detach(), *torch.autograd.grad(out, (query, key, value), given[3])]
 
 
-def assert_as_near_as_plain(given: Any, lengths: Sequence[int]) -> None:
-    exact, plain = by_formula(given, lengths, torch.float64), by_formula(given, lengths, torch.bfloat16)
+def assert_as_near_as_plain(given: Any, lengths: Sequence[int], prefixes: Prefixes = ()) -> None:
+    exact, plain = (by_formula(given, lengths, kind, prefixes) for kind in (torch.float64, torch.bfloat16))
     whole = sum(lengths)
-    for own, expected, other in zip(ours(given, lengths), exact, plain, strict=True):
+    for own, expected, other in zip(ours(given, lengths, prefixes), exact, plain, strict=True):
         error, allowed = ((x[:, :, :whole] - expected[:, :, :whole]).norm() for x in (own, other))
         assert error <= (1.1 * allowed if expected.norm() > NOTHING else FP32)
         assert not own[:, :, whole:].any()
+
+
+SHARED = (90, 1, 40, 70, 33, 5), ((0, 0), (0, 64), (0, 90), (0, 0), (131, 65), (131, 7))
 
 
 @needs_code
@@ -76,16 +87,28 @@ def test_any_heads(heads: int, groups: int, width: int) -> None:
 
 
 @needs_code
+@pytest.mark.parametrize("width", _bf16_attention._WIDTHS)
+@pytest.mark.parametrize(
+    ("lengths", "prefixes"),
+    [SHARED, ((64, 64), ((0, 0), (0, 64))), ((1, 1), ((0, 0), (0, 1))), ((200, 3), ((0, 0), (0, 199)))],
+    ids=str,
+)
+def test_samples_go_on_from_tokens_of_others(
+    lengths: tuple[int, ...], prefixes: tuple[tuple[int, int], ...], width: int
+) -> None:
+    assert_as_near_as_plain(some(lengths, 6, 2, width, left=7), lengths, prefixes)
+
+
+@needs_code
 def test_scores_that_leave_one_key_all_the_attention() -> None:
     assert_as_near_as_plain(some((150,), 2, 1, 64, size=100), (150,))
 
 
 @needs_code
 def test_sums_do_not_depend_on_threads() -> None:
-    lengths = (200, 90, 30)
-    given, threads = some(lengths, 4, 2, 64), torch.get_num_threads()
+    given, threads = some(SHARED[0], 4, 2, 64), torch.get_num_threads()
     try:
-        found = [(torch.set_num_threads(n), ours(given, lengths))[1] for n in (1, 2, 3)]
+        found = [(torch.set_num_threads(n), ours(given, *SHARED))[1] for n in (1, 2, 3)]
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -104,12 +127,14 @@ def test_matrix_products_before_and_after_are_not_disturbed() -> None:
 @needs_code
 def test_operations_are_what_they_are_declared_to_be() -> None:
     query, key, value, grad = some((40, 13), 4, 2, 32, left=5)
-    ends = torch.tensor([0, 40, 53], dtype=torch.int32)
-    opcheck(_bf16_attention.attend, (query.requires_grad_(), key, value, ends, SCALE))
-    out, logsumexp_HM = _bf16_attention.attend(query.detach(), key, value, ends, SCALE)
-    opcheck(
-        _bf16_attention.attend_backward, (query.detach(), key, value, out, logsumexp_HM, grad, ends, SCALE)
-    )
+    ends, prefixes = torch.tensor([0, 40, 53], dtype=torch.int32), torch.tensor([[0, 0], [0, 20]])
+    for shared in (None, prefixes):
+        opcheck(_bf16_attention.attend, (query.requires_grad_(), key, value, ends, shared, SCALE))
+        made = _bf16_attention.attend(query.detach(), key, value, ends, shared, SCALE)
+        opcheck(
+            _bf16_attention.attend_backward,
+            (query.detach(), key, value, *made, grad, ends, shared, SCALE),
+        )
 
 
 @needs_code
@@ -145,7 +170,7 @@ def test_other_heads_and_other_numbers_go_another_way() -> None:
     assert not _bf16_attention.fits(torch.randn(1, 1, 5, 64))
     ends = torch.tensor([0, 5])
     with pytest.raises(ValueError, match="48"):
-        _bf16_attention.attend(query, query, query, ends, SCALE)
+        _bf16_attention.attend(query, query, query, ends, None, SCALE)
 
 
 # Without

@@ -1,6 +1,7 @@
 """Causal attention in bf16, for samples that follow one another in a row: the code is in ``_bf16_attention.cpp``.
 
-Each sample costs what its own length does, and no scores are held but those of 64 queries and 64 keys.
+Each sample costs what its own length does, and no scores are held but those of 64 queries and 64 keys. Tokens that
+several samples begin with lie in the row once.
 """
 
 import ctypes
@@ -36,23 +37,34 @@ def _new(like_1HMD: Tensor) -> Tensor:
     return like_1HMD.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _call(tensors: Sequence[Tensor], logsumexp_HM: Tensor, ends: Tensor, scale: float, back: bool) -> None:
+def _call(
+    tensors: Sequence[Tensor],
+    logsumexp_HM: Tensor,
+    ends: Tensor,
+    prefixes: Tensor | None,
+    scale: float,
+    back: bool,
+) -> None:
     """Tensors as the code names them: query, key, value, output, and for the way back four gradients."""
     query, key = tensors[:2]
-    bounds = ends.to(torch.int64)
-    sizes = (len(ends) - 1, query.shape[1], key.shape[1], query.shape[2], query.shape[3])
+    bounds, shared = ends.to(torch.int64), None if prefixes is None else prefixes.to(torch.int64).contiguous()
+    groups, width = key.shape[1], key.shape[3]
+    apart = None
+    if back and shared is not None:
+        apart = torch.empty(2 * groups * int(shared[:, 1].sum()) * width)
+    sizes = (len(ends) - 1, query.shape[1], groups, query.shape[2], width)
     addresses = [t.data_ptr() for t in tensors] + [None] * (8 - len(tensors)) + [logsumexp_HM.data_ptr()]
     strides = [stride for t in tensors for stride in (t.stride(1), t.stride(2))]
     failed = _native.library(_CODE).attend(
         (ctypes.c_int64 * 5)(*sizes),
         ctypes.c_float(scale),
-        ctypes.cast(bounds.data_ptr(), ctypes.POINTER(ctypes.c_int64)),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (bounds, shared, apart)),
         (ctypes.c_void_p * 9)(*addresses),
         (ctypes.c_int64 * len(strides))(*strides),
         int(back),
     )
     if failed:
-        raise ValueError(f"no code for heads of {query.shape[3]} numbers")
+        raise ValueError(f"no code for heads of {width} numbers")
     last = int(bounds[-1])
     for made in tensors[5:] if back else tensors[3:]:
         made[:, :, last:] = 0  # tokens of no sample
@@ -61,66 +73,64 @@ def _call(tensors: Sequence[Tensor], logsumexp_HM: Tensor, ends: Tensor, scale: 
 
 
 @torch.library.custom_op("tunewright::bf16_attention", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, prefixes: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     query, key, value = map(_laid_out, (query, key, value))
     out, logsumexp_HM = _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
-    _call((query, key, value, out), logsumexp_HM, ends, scale, back=False)
+    _call((query, key, value, out), logsumexp_HM, ends, prefixes, scale, back=False)
     return out, logsumexp_HM
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, prefixes: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     return _new(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("tunewright::bf16_attention_backward", mutates_args=())
 def attend_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp_HM: Tensor,
-    grad: Tensor,
-    ends: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp_HM: Tensor, grad: Tensor, ends: Tensor,
+    prefixes: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value, out, grad = map(_laid_out, (query, key, value, out, grad))
     made = _new(query), _new(key), _new(value)
-    _call((query, key, value, out, grad, *made), logsumexp_HM, ends, scale, back=True)
+    _call((query, key, value, out, grad, *made), logsumexp_HM, ends, prefixes, scale, back=True)
     return made
 
 
 @attend_backward.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp_HM: Tensor,
-    grad: Tensor,
-    ends: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp_HM: Tensor, grad: Tensor, ends: Tensor,
+    prefixes: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _new(query), _new(key), _new(value)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ends, ctx.scale = inputs
+    query, key, value, ends, prefixes, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, ends)
+    ctx.save_for_backward(query, key, value, *output, ends, prefixes)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, ends = ctx.saved_tensors
-    return *attend_backward(*tensors, grad, ends, ctx.scale), None, None
+    *tensors, ends, prefixes = ctx.saved_tensors
+    return *attend_backward(*tensors, grad, ends, prefixes, ctx.scale), None, None, None
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)
 
 
-def in_a_row(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """Query [1, H, M, D], key and value [1, G, M, D], where samples begin and the last ends [S + 1] -> [1, M, H, D]."""
-    out: Tensor = attend(query, key, value, ends, scale)[0]
+def in_a_row(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float, prefixes: Tensor | None = None
+) -> Tensor:
+    """Query [1, H, M, D], key and value [1, G, M, D] -> [1, M, H, D].
+
+    ``ends`` [S + 1] says where samples begin and the last ends; ``prefixes`` [S, 2], if any, where the tokens lie that
+    each goes on from, and how many they are: no more than the sample that they begin has.
+    """
+    out: Tensor = attend(query, key, value, ends, prefixes, scale)[0]
     return out.transpose(1, 2)
 
 

@@ -1,7 +1,7 @@
 """Causal attention over samples in one row, some of which go on from tokens that another sample begins with.
 
 Such tokens lie in the row once. For attention alone they are laid before each sample that shares them; all else works on
-the row.
+the row. This is for numbers that ``_bf16_attention`` has no code for, which looks them up where they lie.
 """
 
 from functools import lru_cache
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tunewright.fast import _bf16_attention as bf16
 from tunewright.fast import _packed_attention as packed
 
 
@@ -62,16 +61,10 @@ def _put(x_1HTD: Tensor, places: Tensor, tokens: int) -> Tensor:
 @torch.library.custom_op("tunewright::shared_attention", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, prefixes: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    at, tokens = _found(ends, prefixes), query.shape[2]
-    whole = (_picked(x, at.from_row) for x in (query, key, value))
-    logsumexp_HM = query.new_zeros(query.shape[1], tokens, dtype=torch.float32)
-    if bf16.fits(query):
-        out, sums = bf16.attend(*whole, at.ends, scale)
-        logsumexp_HM[:, : len(at.own)] = sums[:, at.own]
-    else:
-        out = packed.attend(*whole, at.ends, scale)
-    return _put(_picked(out, at.own), torch.arange(len(at.own)), tokens), logsumexp_HM
+) -> Tensor:
+    at = _found(ends, prefixes)
+    out = packed.attend(*(_picked(x, at.from_row) for x in (query, key, value)), at.ends, scale)
+    return _put(_picked(out, at.own), torch.arange(len(at.own)), query.shape[2])
 
 
 def _like(x: Tensor) -> Tensor:
@@ -80,34 +73,27 @@ def _like(x: Tensor) -> Tensor:
 
 
 @_attend.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, prefixes: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _like(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+def _(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, prefixes: Tensor, scale: float) -> Tensor:
+    return _like(query)
 
 
 @torch.library.custom_op("tunewright::shared_attention_backward", mutates_args=())
 def _backward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp_HM: Tensor, grad: Tensor, ends: Tensor,
-    prefixes: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, ends: Tensor, prefixes: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     at, tokens = _found(ends, prefixes), query.shape[2]
-    query, key, value, out = (_picked(x, at.from_row) for x in (query, key, value, out))
     grad = _put(grad, at.own, len(at.from_row))  # what shared tokens make of it counts once
-    if bf16.fits(query):
-        sums = logsumexp_HM[:, at.from_row].contiguous()
-        made = bf16.attend_backward(query, key, value, out, sums, grad, at.ends, scale)
-    else:
-        made = packed.attend_backward(query, key, value, grad, at.ends, scale)
+    made = packed.attend_backward(
+        *(_picked(x, at.from_row) for x in (query, key, value)), grad, at.ends, scale
+    )
     for_query, for_key, for_value = (_summed(x, at, tokens) for x in made)
     return for_query, for_key, for_value
 
 
 @_backward.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp_HM: Tensor, grad: Tensor, ends: Tensor,
-    prefixes: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, ends: Tensor, prefixes: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return _like(query), _like(key), _like(value)
 
 
@@ -119,15 +105,14 @@ def _summed(x_1HTD: Tensor, at: _Layout, tokens: int) -> Tensor:
     return row
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, ends, prefixes, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, ends, prefixes)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, ends, prefixes = ctx.saved_tensors
-    return *_backward(*tensors, grad, ends, prefixes, ctx.scale), None, None, None
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, ends, prefixes = ctx.saved_tensors
+    return *_backward(query, key, value, grad, ends, prefixes, ctx.scale), None, None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
@@ -141,5 +126,5 @@ def attention(
     ``ends`` [S + 1] says where the samples' own tokens begin in the row and the last ends; ``prefixes`` [S, 2] where the
     tokens lie that a sample goes on from, and how many they are.
     """
-    out: Tensor = _attend(query, key, value, ends, prefixes, scale)[0]
+    out: Tensor = _attend(query, key, value, ends, prefixes, scale)
     return out.transpose(1, 2)

@@ -12,7 +12,7 @@ On a GPU PyTorch's own kernels compute it: samples in one row have the one for l
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -97,6 +97,26 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
 
 
+class _Asked(NamedTuple):
+    """What a layer asks for beside queries, keys and values."""
+
+    scale: float
+    dropout: float
+    odd: bool
+    """Something that only the plain implementation knows."""
+    ends: Tensor | None
+    """Where samples in one row begin, and the last ends."""
+    prefixes: Tensor | None
+    """What each of them shares of another."""
+
+    @classmethod
+    def by(cls, query: Tensor, dropout: float, scaling: float | None, others: dict[str, Any]) -> Self:
+        """As transformers hands it over."""
+        odd = any(others.get(name) is not None for name in ("position_bias", "softcap"))
+        ends, prefixes = others.get("cu_seq_lens_q"), others.get("prefixes")
+        return cls(scaling or query.shape[3] ** -0.5, dropout, odd, ends, prefixes)
+
+
 def attention(
     module: Any,
     query: Tensor,
@@ -117,25 +137,15 @@ def attention(
     Raises:
         ValueError: samples share tokens, and attention is not plain: no mask of the plain implementation says that.
     """
-    odd = any(others.get(name) is not None for name in ("position_bias", "softcap"))
-    more = dropout or odd
-    scale = scaling or query.shape[3] ** -0.5
-    ends, prefixes = others.get("cu_seq_lens_q"), others.get("prefixes")
-    if prefixes is not None and more:
-        raise ValueError("samples share what they begin with only where attention is plain")
-    on_cpu = _on_cpu(query)
-    if ends is not None and not odd and (on_cpu or (_flash_attention.fits(query, value) and not dropout)):
-        return _in_a_row(query, key, value, ends, prefixes, dropout, scale), None
-    if ends is not None and attention_mask is None:
-        attention_mask = packed.mask(ends, query.shape[2])
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
-    learning = torch.is_grad_enabled() and query.requires_grad
-    if on_cpu and attention_mask is None and causal and alike and learning and not more:
-        if _bf16_attention.fits(query):
-            return _bf16_attention.in_a_batch(query, key, value, scale), None
-        out_BHTD, _ = _attend(query, key, value, scale)
-        return out_BHTD.transpose(1, 2), None
+    asked, made = _Asked.by(query, dropout, scaling, others), None
+    if asked.ends is not None:
+        made = _in_a_row(query, key, value, asked)
+        if made is None and attention_mask is None:
+            attention_mask = packed.mask(asked.ends, query.shape[2])
+    elif attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        made = _in_a_batch(query, key, value, asked)
+    if made is not None:
+        return made, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     plain: tuple[Tensor, None] = sdpa_attention_forward(
@@ -144,24 +154,36 @@ def attention(
     return plain
 
 
-def _in_a_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ends: Tensor,
-    prefixes: Tensor | None,
-    dropout: float,
-    scale: float,
-) -> Tensor:
-    """By the implementation for what samples in one row need."""
+def _in_a_row(query: Tensor, key: Tensor, value: Tensor, asked: _Asked) -> Tensor | None:
+    """By the implementation for what samples in one row need; nothing if there is none."""
+    ends, scale = asked.ends, asked.scale
+    assert ends is not None  # noqa: S101 or they would be no row
+    if asked.prefixes is not None and (asked.odd or asked.dropout or not _on_cpu(query)):
+        raise ValueError("samples share what they begin with only where attention is plain, and on a CPU")
+    if asked.odd:
+        return None
     if not _on_cpu(query):
-        return _flash_attention.attention(query, key, value, ends, scale)
-    if prefixes is not None:
-        return _shared_attention.attention(query, key, value, ends, prefixes, scale)
-    if dropout:
-        return packed.dropping(query, key, value, ends, dropout, scale)
-    one_row = _bf16_attention.in_a_row if _bf16_attention.fits(query) else packed.attention
-    return one_row(query, key, value, ends, scale)
+        fits = _flash_attention.fits(query, value) and not asked.dropout
+        return _flash_attention.attention(query, key, value, ends, scale) if fits else None
+    if asked.dropout:
+        return packed.dropping(query, key, value, ends, asked.dropout, scale)
+    if _bf16_attention.fits(query):
+        return _bf16_attention.in_a_row(query, key, value, ends, scale, asked.prefixes)
+    if asked.prefixes is not None:
+        return _shared_attention.attention(query, key, value, ends, asked.prefixes, scale)
+    return packed.attention(query, key, value, ends, scale)
+
+
+def _in_a_batch(query: Tensor, key: Tensor, value: Tensor, asked: _Asked) -> Tensor | None:
+    """Causal attention by code of ours; nothing if there is none, or nothing to learn from what it gives."""
+    alike = query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
+    learning = torch.is_grad_enabled() and query.requires_grad
+    if not (_on_cpu(query) and alike and learning) or asked.dropout or asked.odd:
+        return None
+    if _bf16_attention.fits(query):
+        return _bf16_attention.in_a_batch(query, key, value, asked.scale)
+    out_BHTD: Tensor = _attend(query, key, value, asked.scale)[0]
+    return out_BHTD.transpose(1, 2)
 
 
 @torch.library.custom_op("tunewright::causal_attention", mutates_args=())

@@ -57,7 +57,7 @@ _TRACED: dict[str, Any] = {"specialize_float": True}
 """A scale is a constant: taken for an input, it has the block traced a second time once it turns out to be none."""
 _LITTLE, _LITTLE_ATTENTION = 768 << 20, 160 << 20
 """Bytes; where blocks would keep no more than that in all, they keep it: what products make, or attention."""
-_TOKENS, _FEW_TOKENS = 4096, 1024
+_TOKENS, _FEW_TOKENS = 4096, (1024, 512)
 """That go through the model at a time: on matrix units many, so little is kept of them; on a CPU without, where to
 compute again costs more, so few that what products make can be kept.
 """
@@ -92,7 +92,7 @@ class Compile(Technique):
         """Every block computes by its compiled form while gradients are wanted."""
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one block needs no pool of processes
         if work.device.type == "cpu" and not work.portion.given:
-            work.portion.take(min(work.portion.whole, _at_a_time(work)))
+            work.portion.take(_at_a_time(work))
         found = [block for _, block in anatomy.blocks(work.model)]
         chosen = _chosen(work)
         ways = [_compiled(block, chosen) for block in found]
@@ -119,18 +119,30 @@ def _asking(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _at_a_time(work: Work) -> int:
-    return _TOKENS if work.device.type != "cpu" or _native.has_units() else _FEW_TOKENS
+    """Tokens of one pass, where nobody said how many."""
+    if work.device.type != "cpu" or _native.has_units():
+        return min(work.portion.whole, _TOKENS)
+    sizes = [min(work.portion.whole, size) for size in _FEW_TOKENS]
+    return next((size for size in sizes if _products(work, size) < _LITTLE), sizes[0])
+
+
+def _learning(work: Work) -> list[Any]:
+    return [block for _, block in anatomy.blocks(work.model)][len(frozen(work.model)) :]
+
+
+def _products(work: Work, tokens: int) -> int:
+    """Bytes that blocks keep if they keep what products read and make of so many tokens."""
+    numbers = sum(anatomy.numbers_per_token(anatomy.linears(block)) for block in _learning(work))
+    return int(tokens * work.model.dtype.itemsize * numbers)
 
 
 def _chosen(work: Work) -> _Way:
     """By what the blocks that learn would keep of all tokens that go through at a time."""
-    learning = anatomy.blocks(work.model)[len(frozen(work.model)) :]
-    tokens = min(work.portion.whole, _at_a_time(work)) * work.model.dtype.itemsize
-    products = sum(anatomy.numbers_per_token(anatomy.linears(block)) for _, block in learning)
-    if tokens * products < _LITTLE:
+    tokens = min(work.portion.given or work.portion.whole, _at_a_time(work))
+    if _products(work, tokens) < _LITTLE:
         return _PRODUCTS_KEPT
-    width = anatomy.hidden_size(work.model)
-    return _ATTENTION_KEPT if tokens * width * len(learning) < _LITTLE_ATTENTION else _LITTLE_KEPT
+    attention = tokens * work.model.dtype.itemsize * anatomy.hidden_size(work.model) * len(_learning(work))
+    return _ATTENTION_KEPT if attention < _LITTLE_ATTENTION else _LITTLE_KEPT
 
 
 def _compiled(block: Any, way: _Way) -> Callable[..., Any]:

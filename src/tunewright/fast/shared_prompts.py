@@ -1,7 +1,8 @@
-"""What several rows of a batch begin with goes through the model once: chosen and rejected, or a group's answers."""
+"""What several rows of a batch begin with goes through the model once: a prompt, or instructions that all rows have."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from tunewright.models import likelihood
 
 _LEAST = 8
 """Fewer tokens are not worth the order they cost."""
+_WORTH = 0.15
+"""Of a batch's tokens, where rows have no prompt in common but begin alike: less is not worth what attention then costs."""
 _DROPS = ("attention_dropout", "attn_pdrop")
 
 
@@ -25,8 +28,8 @@ class SharedPrompts(Technique):
     """Needs samples in one row: that of technique ``packing``."""
 
     idea = Words(
-        "A prompt with several answers goes through the model once; each answer sees it.",
-        "同一提示的多个回答只让提示通过模型一次，每个回答都能看到它。",
+        "What several samples begin with goes through the model once, such as a prompt with two answers; each sees it.",
+        "多条样本相同的开头（如同一提示的两个回答）只通过模型一次，各样本都能看到它。",
     )
 
     def why_not(self, work: Work) -> str:
@@ -41,10 +44,16 @@ class SharedPrompts(Technique):
         return "" if _agrees(work) else "the model does not let samples share what they begin with"
 
     def not_worth(self, work: Work) -> str:
-        """Elsewhere rows hardly ever begin alike; and skipping blocks gains more than sharing what goes through them."""
+        """Skipping blocks gains more than sharing what goes through them; and rows must begin alike: the shortest tell,
+        since what those have in common is the most of them.
+        """
         if work.epochs > 1 and frozen(work.model):
             return "the frozen blocks' states are kept by sample"
-        return "" if work.answers else "every sample has a prompt of its own"
+        if work.answers:
+            return ""
+        first = next(work.batches())
+        alike = LENGTH in first and sum(shared(first)[1]) >= _WORTH * int(first[LENGTH].sum())
+        return "" if alike else "samples do not begin alike"
 
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
@@ -54,7 +63,7 @@ class SharedPrompts(Technique):
         def laid_out(model: Any, batch: Batch) -> Batch:
             if LENGTH in batch and int(batch[LENGTH].max()) <= reach(model):
                 owners, counts = shared(batch)
-                if any(counts):
+                if sum(counts) > (0 if work.answers else _WORTH * int(batch[LENGTH].sum())):
                     return in_one_row(batch, owners, counts)
             return before(model, batch) if before else batch
 
@@ -65,30 +74,42 @@ class SharedPrompts(Technique):
 def shared(batch: Batch) -> tuple[list[int], list[int]]:
     """For each row, which row has the tokens that it begins with, and how many those are: none for that row itself.
 
-    None of them is learned in the row that leaves them to another.
+    None of them is learned in the row that leaves them to another. Rows are looked at in the order of a dictionary. One
+    leaves what it can to the row that has the tokens of those before it, or has its own from there on, whichever saves
+    more in all.
     """
     ids_BT = batch["input_ids"].cpu().numpy()
     labels_BT, lengths_B = batch["labels"].cpu().numpy(), batch[LENGTH].cpu().numpy()
-    free_B = np.minimum(
-        np.argmax(labels_BT != likelihood.IGNORED, 1), lengths_B - 1
-    )  # before what is learned first
-    owners, counts = list(range(len(ids_BT))), [0] * len(ids_BT)
-    owner = -1
-    for row in sorted(owners, key=lambda i: ids_BT[i].astype(">u4").tobytes()):
-        free = int(free_B[row])
-        alike = 0 if owner < 0 else _alike(ids_BT[row, :free], ids_BT[owner, : lengths_B[owner]])
-        if alike >= max(_LEAST, free / 2):
-            owners[row], counts[row] = owner, alike
+    order = sorted(range(len(ids_BT)), key=lambda row: ids_BT[row].astype(">u4").tobytes())
+    before_learned_B = np.argmax(labels_BT != likelihood.IGNORED, 1)
+    free = np.minimum(before_learned_B, lengths_B - 1)[order].tolist()
+    alike = [_alike(ids_BT[one], ids_BT[after]) for one, after in pairwise(order)] + [0]
+    owners, counts = list(range(len(order))), [0] * len(order)
+    owner, with_owner = order[0], 0
+    for place, row in enumerate(order):
+        count = min(with_owner, free[place], int(lengths_B[owner]))
+        if count >= max(_LEAST, _saved(alike[place:-1], free[place + 1 :], with_owner)):
+            owners[row], counts[row] = owner, count
+            with_owner = min(with_owner, alike[place])
         else:
-            owner = row
+            owner, with_owner = row, alike[place]
     return owners, counts
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> int:
     """How many first tokens are the same."""
-    most = min(len(one), len(other))
-    differ = np.flatnonzero(one[:most] != other[:most])
-    return int(differ[0]) if len(differ) else most
+    differ = np.flatnonzero(one != other)
+    return int(differ[0]) if len(differ) else len(one)
+
+
+def _saved(alike: list[int], free: list[int], already: int) -> int:
+    """What rows can leave to the one before them all, beside what they leave anyway: of ``free`` tokens each, when
+    ``alike`` are the same in each and the one before it.
+    """
+    # In this order none is more like a row before it than all between them are.
+    least = accumulate(alike, min)
+    gains = takewhile(lambda gain: gain[0] > already, zip(least, free, strict=True))
+    return sum(min(some, most) - min(already, most) for some, most in gains)
 
 
 def _agrees(work: Work) -> bool:

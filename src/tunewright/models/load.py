@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tunewright.core import store
+from tunewright.core import hashing, store
 from tunewright.core.errors import ModelError, Problem, UserError, nearest
 from tunewright.core.machine import available_memory
 from tunewright.core.paths import given
@@ -268,8 +268,20 @@ def best_device() -> str:
 
 def fingerprint(source: ModelSource) -> str:
     """SHA-256 over the model's files, or of the hub id: what tells one base from another."""
-    folder = source.folder
-    if folder is None:
+    if source.folder is None:
         return store.sha256_json(source.path)
-    paths = sorted(p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(pattern))
-    return store.sha256_json({p.name: store.sha256_file(p) for p in paths if p.name != store.MANIFEST})
+    paths = _identity(source.folder)
+    found = hashing.begin(paths)
+    return store.sha256_json({path.name: one.result() for path, one in zip(paths, found, strict=True)})
+
+
+def begin_fingerprint(source: ModelSource) -> None:
+    """Read the model's files beside what is done until :func:`fingerprint` is asked."""
+    if source.folder:
+        hashing.begin(_identity(source.folder))
+
+
+def _identity(folder: Path) -> list[Path]:
+    """The files that decide what the model says."""
+    paths = (p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in folder.glob(pattern))
+    return sorted(path for path in paths if path.name != store.MANIFEST)

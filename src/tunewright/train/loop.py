@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -19,7 +18,7 @@ from tunewright.core.events import EventLog
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.tokens import Mixture, Sample, take
 from tunewright.methods import Clock, Method, Setting
-from tunewright.models.memory import fitting, is_out_of_memory
+from tunewright.models.memory import fitting
 from tunewright.objectives import Batch, Objective, Turn
 from tunewright.optimizers import Optimizer
 from tunewright.recipes import TrainConfig
@@ -31,6 +30,7 @@ from tunewright.train.lesson import Lesson
 from tunewright.train.measure import HeldOut
 from tunewright.train.optimizer import Masters
 from tunewright.train.passes import Accumulator, Pass
+from tunewright.train.rehearsal import Rehearsal
 from tunewright.train.schedule import rate
 from tunewright.train.state import TrainState
 
@@ -173,7 +173,7 @@ class Trainer:
         given = self.state.micro_tokens or self.config.micro_tokens
         if self.objective.explores:  # sizes cannot be tried on answers that are yet to be drawn
             given = given or self._budget
-        portion = fast.Portion(self.config.tokens_per_batch, given, self._tried, self._take)
+        portion = fast.Portion(self.config.tokens_per_batch, given, self._rehearsal.seconds, self._take)
         return fast.Work(
             self.model,
             self.steps,
@@ -187,18 +187,9 @@ class Trainer:
             self.objective.explores or self.objective.rows > 1,
         )
 
-    def _tried(self, budget: int) -> float:
-        """Seconds that a typical step's passes take in parts of so many tokens."""
-        parts = Lesson(self.feed, self.feed.typical()).batches(budget)
-        began = time.perf_counter()
-        try:
-            with self._unlearned():
-                self.passes.over(parts, self.clock)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return math.inf
-        return time.perf_counter() - began
+    @property
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.feed, self.objective, self.passes, self.clock)
 
     def _take(self, budget: int) -> None:
         self.state.micro_tokens = budget
@@ -276,22 +267,9 @@ class Trainer:
         if self._finished():
             return
         if not guard.is_roomy(self.model, self._budget) and not self.objective.explores:
-            with self._unlearned():
-                self._fitted(
-                    lambda budget: self.passes.over([self.feed.batch(self.feed.widest(budget))], self.clock)
-                )
+            self._fitted(self._rehearsal.widest)
         if self.config.eval_every and len(self.held_out):
             self.held_out.rehearse(self.model, self._tell_smaller)
-
-    @contextmanager
-    def _unlearned(self) -> Iterator[None]:
-        """Passes within leave no trace."""
-        declared = {name: tensor.clone() for name, tensor in self.objective.state().items()}
-        try:
-            yield
-        finally:
-            self.optimizer.drop()
-            self.objective.set_state(declared)
 
     def padding_share(self) -> float:
         """Padded positions of the first epoch as a share of all."""
