@@ -117,3 +117,29 @@ def test_samples_are_named_by_file_and_line_and_the_rest_counted(make_feed: Make
     assert feed.names([2]) == f"{table}:3"
     assert feed.names(np.array([0, 7])) == f"{table}:1, {table}:8"
     assert feed.names(range(9)) == ", ".join(f"{table}:{n}" for n in range(1, 6)) + " and 4 more"
+
+
+def test_what_all_samples_begin_with_counts_once_in_a_part(make_feed: MakeFeed) -> None:
+    feed = make_feed()
+    whole, budget = np.arange(len(TALKS)), 40
+    before = feed.micro_batches(whole, budget)
+    feed.share(True)
+    alike = feed._shared
+    ids = [sample["input_ids"] for sample in feed.data]
+    assert all((one[:alike] == ids[0][:alike]).all() for one in ids)
+    assert len({one[alike] for one in ids}) > 1
+    parts = feed.micro_batches(whole, budget)
+    assert len(parts) < len(before)
+    own = [feed.data.lengths[part] - alike for part in parts]
+    assert all(len(some) == 1 or alike + len(some) * some.max() <= budget for some in own)
+    assert len(feed.widest(budget)) >= max(map(len, before))
+    feed.share(False)
+    assert [part.tolist() for part in feed.micro_batches(whole, budget)] == [part.tolist() for part in before]
+
+
+def test_nothing_that_a_sample_learns_is_shared(make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = make_feed()
+    feed.share(True)
+    alike = feed._shared
+    for sample in feed.data:
+        assert not sample["learned"][: alike + 1].any()

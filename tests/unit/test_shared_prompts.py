@@ -1,5 +1,6 @@
 """Prompts that several answers share: computed once, with each answer's loss and gradients as if it stood alone."""
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,26 @@ def test_attention_that_is_not_plain_is_refused_and_not_computed_wrongly() -> No
             layer.self_attn.attention_dropout = 0.5
         with pytest.raises(ValueError, match="only where attention is plain"):
             learn(model, given)
+
+
+def test_rows_with_one_system_prompt_learn_the_same_in_fewer_passes(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    system = {"role": "system", "content": "Answer with one word, and never say why. " * 3}
+    turns = [(f"What comes after {n}?", f"{n + 1}") for n in range(40)]
+    talks = [[system, {"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
+    data = tmp_path / "talks.jsonl"
+    data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    found = {}
+    for on in (None, False):
+        run = tw.run({
+            "model": str(tiny_model_folder), "data": {"train": str(data), "valid_share": 0}, "method": "full", "precision": "fp32",
+            "output": str(tmp_path / f"run-{on}"), "evaluate": {"enabled": False},
+            "train": {"max_steps": 3, "lr": 1e-3, "tokens_per_batch": 1024, "micro_tokens": 256},
+            "fast": {"compile": False} if on is None else {"compile": False, "shared_prompts": on},
+        }, quiet=True)  # fmt: skip
+        found[on] = [
+            event["loss"] for event in events.read(run.folder / "events.jsonl") if event["kind"] == "step"
+        ]
+        assert ("shared_prompts" in run.results["stages"][0]["fast"]) is (on is None)
+    assert found[None] == pytest.approx(found[False], rel=1e-4, abs=1e-6)

@@ -36,6 +36,8 @@ class Portion:
     """Seconds that the passes of a step take with so many at a time; infinity if memory does not allow it."""
     take: Callable[[int], None]
     """From now on so many."""
+    share: Callable[[bool], None] = lambda on: None
+    """Whether tokens that all samples begin with count once, from now on."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tunewright.models import likelihood
 _LEAST = 8
 """Fewer tokens are not worth the order they cost."""
 _WORTH = 0.15
-"""Of a batch's tokens, where rows have no prompt in common but begin alike: less is not worth what attention then costs."""
+"""Of the tokens of the shortest rows, where no two have a prompt in common: of less, too little is saved on long ones."""
 _DROPS = ("attention_dropout", "attn_pdrop")
 
 
@@ -62,13 +62,15 @@ class SharedPrompts(Technique):
 
         def laid_out(model: Any, batch: Batch) -> Batch:
             if LENGTH in batch and int(batch[LENGTH].max()) <= reach(model):
-                owners, counts = shared(batch)
-                if sum(counts) > (0 if work.answers else _WORTH * int(batch[LENGTH].sum())):
-                    return in_one_row(batch, owners, counts)
+                return in_one_row(batch, *shared(batch))  # also if nothing is: blocks are compiled for one layout
             return before(model, batch) if before else batch
 
-        with Attention().on(work), likelihood.laid_out_by(work.model, laid_out):
-            yield
+        work.portion.share(True)
+        try:
+            with Attention().on(work), likelihood.laid_out_by(work.model, laid_out):
+                yield
+        finally:
+            work.portion.share(False)
 
 
 def shared(batch: Batch) -> tuple[list[int], list[int]]:

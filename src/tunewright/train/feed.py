@@ -25,6 +25,7 @@ class Feed:
         sizes = objective.sizes(data.lengths)
         self._plan = BatchPlan(data.epoch, sizes, config.tokens_per_batch, config.seed)
         self.steps = config.max_steps or self._plan.steps(config.epochs) * objective.reuse
+        self._shared = 0
 
     @property
     def epochs(self) -> float:
@@ -39,7 +40,26 @@ class Feed:
 
     def micro_batches(self, indices: np.ndarray, budget: int) -> list[np.ndarray]:
         """A step's samples in parts of at most ``budget`` padded tokens."""
-        return cut(indices, self.data.lengths, budget)
+        return cut(indices, self.data.lengths - self._shared, max(1, budget - self._shared))
+
+    def share(self, on: bool) -> None:
+        """Whether tokens that all samples begin with count once in each part, from now on: a part has more samples then."""
+        self._shared = self._alike() if on else 0
+
+    def _alike(self) -> int:
+        """How many tokens all samples begin with, of which none is learned."""
+        if self.objective.rows > 1 or self.objective.explores or "learned" not in self.data[0]:
+            return 0
+        first = self.data[0]["input_ids"]
+        alike = len(first)
+        for sample in self.data:
+            learned = int(np.argmax(sample["learned"])) - 1  # where its first word is foretold, there is a label
+            own = sample["input_ids"][: max(0, min(alike, learned))]
+            differ = np.flatnonzero(own != first[: len(own)])
+            alike = int(differ[0]) if len(differ) else len(own)
+            if not alike:
+                break
+        return alike
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Samples as one padded batch. Which rows they are, and their lengths, stay on the CPU, where they are looked up."""
@@ -75,7 +95,7 @@ class Feed:
         return [m for batch in self._plan.batches(0) for m in self.micro_batches(batch, budget)]
 
     def _padded(self, indices: np.ndarray) -> int:
-        return len(indices) * int(self.data.lengths[indices].max())
+        return len(indices) * (int(self.data.lengths[indices].max()) - self._shared) + self._shared
 
     def names(self, indices: Sequence[int] | np.ndarray) -> str:
         """Where samples stand, for a message: ``my.jsonl:3, my.jsonl:8 and 4 more``."""

@@ -173,7 +173,9 @@ class Trainer:
         given = self.state.micro_tokens or self.config.micro_tokens
         if self.objective.explores:  # sizes cannot be tried on answers that are yet to be drawn
             given = given or self._budget
-        portion = fast.Portion(self.config.tokens_per_batch, given, self._rehearsal.seconds, self._take)
+        portion = fast.Portion(
+            self.config.tokens_per_batch, given, self._rehearsal.seconds, self._take, self.feed.share
+        )
         return fast.Work(
             self.model,
             self.steps,
