@@ -232,7 +232,10 @@ def test_rows_with_one_system_prompt_learn_the_same_in_fewer_passes(
 ) -> None:
     system = {"role": "system", "content": "Answer with one word, and never say why. " * 3}
     turns = [(f"What comes after {n}?", f"{n + 1}") for n in range(40)]
-    talks = [[system, {"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
+    talks = [
+        [system, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        for asked, said in turns
+    ]
     data = tmp_path / "talks.jsonl"
     data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     found = {}

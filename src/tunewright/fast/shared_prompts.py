@@ -52,7 +52,7 @@ class SharedPrompts(Technique):
         if work.answers:
             return ""
         first = next(work.batches())
-        alike = LENGTH in first and sum(shared(first)[1]) >= _WORTH * int(first[LENGTH].sum())
+        alike = _is_of_rows(first) and sum(shared(first)[1]) >= _WORTH * int(first[LENGTH].sum())
         return "" if alike else "samples do not begin alike"
 
     @contextmanager
@@ -61,8 +61,9 @@ class SharedPrompts(Technique):
         before = likelihood.layout(work.model)
 
         def laid_out(model: Any, batch: Batch) -> Batch:
-            if LENGTH in batch and int(batch[LENGTH].max()) <= reach(model):
-                return in_one_row(batch, *shared(batch))  # also if nothing is: blocks are compiled for one layout
+            if _is_of_rows(batch) and int(batch[LENGTH].max()) <= reach(model):
+                # Also where no two are alike: blocks are compiled for one layout.
+                return in_one_row(batch, *shared(batch))
             return before(model, batch) if before else batch
 
         work.portion.share(True)
@@ -71,6 +72,11 @@ class SharedPrompts(Technique):
                 yield
         finally:
             work.portion.share(False)
+
+
+def _is_of_rows(batch: Batch) -> bool:
+    """Whether tokens are learned, of rows whose lengths are known."""
+    return LENGTH in batch and "labels" in batch and batch["labels"].shape == batch["input_ids"].shape
 
 
 def shared(batch: Batch) -> tuple[list[int], list[int]]:

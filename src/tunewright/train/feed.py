@@ -53,7 +53,7 @@ class Feed:
         first = self.data[0]["input_ids"]
         alike = len(first)
         for sample in self.data:
-            learned = int(np.argmax(sample["learned"])) - 1  # where its first word is foretold, there is a label
+            learned = int(np.argmax(sample["learned"])) - 1  # a label stands one before its word
             own = sample["input_ids"][: max(0, min(alike, learned))]
             differ = np.flatnonzero(own != first[: len(own)])
             alike = int(differ[0]) if len(differ) else len(own)
