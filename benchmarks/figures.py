@@ -37,10 +37,11 @@ def summary(jobs: Sequence[Job], journal: Journal, setting: Tree) -> Tree:
     for workload, cases in workloads.items():
         for case in cases:
             _time_to_loss([j for j in made if (j.workload, j.case) == (workload, case)], journal, cases[case])
-    stamp = {"commit": _commit(), "when": time.strftime("%Y-%m-%d")}
+    measured = {name: _stamp([job for job in made if job.workload == name], journal) for name in workloads}
+    newest = sorted(made, key=lambda job: float(journal.runs[job.key]["at"]))[-1:]
     gpus = [journal.runs[job.key].get("result", {}).get("gpu") for job in made]
-    return {"gpu": next(filter(None, gpus), ""), **stamp, "machine": machine(), **setting, "rates": rates,
-            "workloads": workloads, "measured": dict.fromkeys(workloads, stamp)}  # fmt: skip
+    return {"gpu": next(filter(None, gpus), ""), **_stamp(newest, journal), "machine": machine(), **setting, "rates": rates,
+            "workloads": workloads, "measured": measured}  # fmt: skip
 
 
 def beside(found: Tree, earlier: Tree, order: Sequence[str]) -> Tree:
@@ -163,7 +164,22 @@ def place(device: str, machine: Tree) -> str:
     return " ".join(["cpu", *machine["extensions"][:1]]) if device == "cpu" else device
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The source that is run now."""
     asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(asked, check=False, capture_output=True, text=True)
     return found.stdout.strip()
+
+
+def _stamp(jobs: Sequence[Job], journal: Journal) -> Tree:
+    """``commit`` and day of the newest run, now if there is none; systems that were run at others are named with theirs."""
+    now = {"at": time.time(), "commit": commit()}
+    entries = [(journal.runs[job.key], job.system) for job in jobs] or [(now, "")]
+    runs = sorted(entries, key=lambda run: run[0]["at"], reverse=True)
+    systems: dict[str, dict[str, None]] = {}
+    for entry, system in runs:
+        systems.setdefault(entry["commit"], {})[system] = None
+    newest, *others = systems
+    told = "; ".join(f"{', '.join(systems[other])}: {other}" for other in others)
+    when = time.strftime("%Y-%m-%d", time.localtime(runs[0][0]["at"]))
+    return {"commit": f"{newest} ({told})" if told else newest, "when": when}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import launch, plan
+from benchmarks import figures, launch, plan
 from benchmarks.journal import Journal, why
 from benchmarks.plan import Job
 from benchmarks.targets import OURS
@@ -86,9 +86,8 @@ class Runner:
         caches = self.folder / "caches" / job.system if self.given.caches == "warm" else at / "caches"
         env = self._environment(caches, job.settings.get("env", {}))
         found = launch.run(self.python(job.system), module, work, at, env, self.given.timeout)
-        entry = self.journal.add(
-            "run", key=job.key, name=job.name, facts=paths["facts"], at=time.time(), **found
-        )
+        told = {"name": job.name, "facts": paths["facts"], "at": time.time(), "commit": figures.commit()}
+        entry = self.journal.add("run", key=job.key, **told, **found)
         self._measure(job)
         return entry
 

@@ -38,7 +38,7 @@ def run_of(job: plan.Job, seconds: float, memory: int = 10**9, snapshots: tuple[
     result = {"steps": steps, "first_step": 1.0, "saved": seconds, "artifact": "", "versions": {"torch": "2"}}
     facts = {"rows": 2, "tokens": 100, "supervised": 60, "squares": 5000}
     return {
-        "key": job.key, "seconds": seconds + 1, "peak_memory": memory,
+        "key": job.key, "seconds": seconds + 1, "peak_memory": memory, "at": 1.7e9 + seconds, "commit": "abc",
         "facts": {"train": facts, "held_out": {"rows": 2}, "config": {}},
         "result": {**result, "snapshots": [[moment, ""] for moment in snapshots]},
     }  # fmt: skip
@@ -304,6 +304,20 @@ def test_workloads_that_were_not_run_again_keep_what_was_found_before() -> None:
     assert figures.beside(now, first, "abc")["measured"]["b"] == {"commit": "old", "when": "1"}
 
 
+def test_what_was_measured_is_told_with_the_commit_it_was_run_at(workloads: Tree, tmp_path: Path) -> None:
+    wanted = {"workloads": ["a", "c"], "systems": ["tunewright", "trl", "hf"], "repeats": 1}
+    jobs, journal = plan.jobs(workloads, wanted, {}), Journal(tmp_path / "cpu.jsonl")
+    for at, job in enumerate(jobs):
+        commit = "new" if (job.workload, job.system) == ("c", "hf") else "old"
+        journal.add("run", **{**run_of(job, 10.0), "at": 1.7e9 + at, "commit": commit})
+    found = figures.summary(jobs, journal, {})
+    assert found["commit"] == "new"
+    assert {name: stamp["commit"] for name, stamp in found["measured"].items()} == {
+        "a": "old", "c": "new (trl, tunewright: old)",
+    }  # fmt: skip
+    assert figures.summary([], journal, {})["commit"] == figures.commit()
+
+
 @pytest.mark.parametrize("language", list(page.PAGES))
 def test_the_page_is_what_was_measured(workloads: Tree, language: str) -> None:
     written = (ROOT / "docs" / page.PAGES[language]).read_text(encoding="utf-8")
@@ -320,10 +334,7 @@ def test_a_page_with_figures(workloads: Tree, tmp_path: Path, language: str) -> 
     journal.add("run", **run_of(trl, 200.0, memory=8 * 10**9))
     journal.add(
         "run",
-        key=hf.key,
-        seconds=1.0,
-        peak_memory=1,
-        facts=run_of(hf, 1.0)["facts"],
+        **{key: value for key, value in run_of(hf, 1.0).items() if key != "result"},
         failed="exit status 1\n  5%|\nMemoryError: no | memory\n",
     )
     found = figures.summary([ours, trl, hf], journal, {"caches": "cold", "threads": None})
