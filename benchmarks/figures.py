@@ -165,10 +165,16 @@ def place(device: str, machine: Tree) -> str:
 
 
 def commit() -> str:
-    """The source that is run now."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(asked, check=False, capture_output=True, text=True)
-    return found.stdout.strip()
+    """The source that is run now; what the benchmark itself writes does not count as a change of it."""
+
+    def told(*asked: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *asked]
+        return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+
+    changed = told(
+        "status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks", ":!benchmarks/*.json"
+    )
+    return told("describe", "--always") + ("-dirty" if changed else "")
 
 
 def _stamp(jobs: Sequence[Job], journal: Journal) -> Tree:
