@@ -20,10 +20,10 @@ MakeFeed = Callable[..., Feed]
 
 @pytest.fixture
 def make_feed(make_mixture: Any, tokenizer: Any) -> MakeFeed:
-    def make(**train: Any) -> Feed:
+    def make(talks: list[tuple[str, str]] = TALKS, **train: Any) -> Feed:
         config = TrainConfig(**{"tokens_per_batch": 64, **train})
         objective = Sft(Config(), ChatCodec(tokenizer))
-        return Feed(make_mixture(TALKS), objective, config, torch.device("cpu"))
+        return Feed(make_mixture(talks), objective, config, torch.device("cpu"))
 
     return make
 
@@ -137,9 +137,9 @@ def test_what_all_samples_begin_with_counts_once_in_a_part(make_feed: MakeFeed) 
     assert [part.tolist() for part in feed.micro_batches(whole, budget)] == [part.tolist() for part in before]
 
 
-def test_nothing_that_a_sample_learns_is_shared(make_feed: MakeFeed, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = make_feed()
+def test_nothing_that_a_sample_learns_is_shared(make_feed: MakeFeed) -> None:
+    """One question, and answers that begin alike: its last token foretells what is learned first, and is each one's own."""
+    feed = make_feed([("Say it.", "word " * n) for n in (1, 2, 3)])
     feed.share(True)
-    alike = feed._shared
-    for sample in feed.data:
-        assert not sample["learned"][: alike + 1].any()
+    first = {int(np.argmax(sample["learned"])) for sample in feed.data}
+    assert first == {feed._shared + 1}

@@ -56,6 +56,17 @@ def test_a_file_of_this_moment_may_yet_change_unseen(tmp_path: Path, reads: list
     assert reads == [path, path]
 
 
+def test_who_waits_is_told_whatever_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> str:
+        raise MemoryError("no room for a piece")
+
+    monkeypatch.setattr(hashing, "_hashed", full)
+    one, other = hashing.begin([written(tmp_path / "x", b"one"), written(tmp_path / "y", b"two")])
+    for found in (one, other):
+        with pytest.raises(MemoryError, match="no room"):
+            found.result(timeout=10)
+
+
 def test_what_cannot_be_read_is_told_to_who_asks(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         hashing.sha256(tmp_path / "none")

@@ -227,9 +227,7 @@ def test_attention_that_is_not_plain_is_refused_and_not_computed_wrongly() -> No
             learn(model, given)
 
 
-def test_rows_with_one_system_prompt_learn_the_same_in_fewer_passes(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
+def test_rows_with_one_system_prompt_learn_the_same(tiny_model_folder: Path, tmp_path: Path) -> None:
     system = {"role": "system", "content": "Answer with one word, and never say why. " * 3}
     turns = [(f"What comes after {n}?", f"{n + 1}") for n in range(40)]
     talks = [

@@ -60,7 +60,7 @@ def _read(files: dict[_File, Future[str]]) -> None:
     for file, found in files.items():
         try:
             digest = _hashed(file.path)
-        except OSError as error:
+        except Exception as error:  # whatever it is, somebody waits for an answer
             _forget(file)
             found.set_exception(error)
             continue
