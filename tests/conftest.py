@@ -55,9 +55,11 @@ def pytest_runtest_call() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tokenized data goes into a folder of this test session."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Path]:
+    """Tokenized data goes into a folder of this test session; C++, which takes seconds to build, into one that lasts."""
     folder = tmp_path_factory.mktemp("cache")
+    assert pytestconfig.cache
+    (folder / "native").symlink_to(pytestconfig.cache.mkdir("native"))
     before = os.environ.get("TUNEWRIGHT_CACHE")
     os.environ["TUNEWRIGHT_CACHE"] = str(folder)
     yield folder

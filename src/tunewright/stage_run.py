@@ -70,16 +70,14 @@ class StageRun:
             return self._run(resumed)
 
     def _run(self, resumed: Callable[[], None]) -> Tree:
-        import torch
-
-        from tunewright.core.rng import derive
+        from tunewright.core.rng import sow
 
         stage = self.job.stage
-        torch.manual_seed(derive(stage.train.seed, "init"))
+        sow(stage.train.seed, "init")
         model = self.job.method.load_base(self.job.source, stage.precision)
         before = self._measure(model, "before")
         arena.let_go()
-        torch.manual_seed(derive(stage.train.seed, "method"))
+        sow(stage.train.seed, "method")
         model = self.job.method.apply(model)
         trainer = trainer_of(self.job, model, self.log, self.folder, self.preemption)
         state = trainer.run(resumed)

@@ -16,7 +16,7 @@ from tunewright import methods
 from tunewright.core import plugins
 from tunewright.core.config import Config
 from tunewright.core.errors import Problem
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.data import tokens
 from tunewright.data.rows import Message, Row
 from tunewright.data.template import ChatCodec
@@ -87,7 +87,7 @@ class School:
         kind = type(method)
         if kind.load_base is Method.load_base and kind.needs_weights:
             return copy.deepcopy(self._stored(architecture, precision))
-        torch.manual_seed(derive(SEED, "init"))
+        sow(SEED, "init")
         return method.load_base(self.sources[architecture], precision)
 
     def plain_class(self, architecture: str) -> type:

@@ -22,7 +22,7 @@ from bounded import LONG
 from tunewright import jobs, pipeline, recipes
 from tunewright.core import plugins
 from tunewright.core.events import EventLog, Reader
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.models.load import best_device
 from tunewright.objectives import Objective, kind
 from tunewright.objectives._causal import Causal
@@ -124,7 +124,7 @@ class Lab:
         """
         job = jobs.check(recipes.load(self.recipe(**choices)))[0]
         stage = job.stage
-        torch.manual_seed(derive(stage.train.seed, "method"))
+        sow(stage.train.seed, "method")
         model = job.method.apply(job.method.load_base(job.source, stage.precision))
         job.objective.asked = {o.name: pipeline.asked(job, o, self.folder) for o in job.objective.others()}
         log = EventLog(self.folder / name / "events.jsonl", *readers)

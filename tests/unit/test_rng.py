@@ -1,10 +1,12 @@
 """Randomness is a function of (seed, stream, step), nothing else."""
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunewright.core.rng import derive, permutation
+from tunewright.core.rng import derive, permutation, sow
 
 
 def test_the_same_inputs_give_the_same_seed_on_every_machine_and_call() -> None:
@@ -44,3 +46,11 @@ def test_drawing_elsewhere_changes_nothing() -> None:
     np.random.default_rng(0).random(10)
     np.random.seed(1)
     assert np.array_equal(before, permutation(0, "order", 0, 50))
+
+
+@pytest.mark.parametrize(("seed", "stream", "step"), [(0, "init", 0), (7, "micro-3", 12)])
+def test_what_is_sown_is_what_torch_draws(seed: int, stream: str, step: int) -> None:
+    torch.manual_seed(derive(seed, stream, step))
+    expected = torch.rand(8)
+    sow(seed, stream, step)
+    assert torch.equal(torch.rand(8), expected)

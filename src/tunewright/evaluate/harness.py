@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tunewright.core.answers import exact_match
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.core.units import chunks
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
@@ -78,7 +78,7 @@ class Examination:
 
     def kl(self, model: Any, before: Any) -> float:
         """KL(after ‖ before) in nats an answer, by one answer of the model's to each question."""
-        torch.manual_seed(derive(0, "divergence"))
+        sow(0, "divergence")
         prompts = [self.codec.prompt(row.messages[:-1]) for row in self.rows]
         how = Draw(1, self.config.max_new_tokens)
         answers = fitting(_AT_ONCE, 1, lambda size: draw(model, self.codec, prompts, how, size))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunewright.core.config import Config as BaseConfig
 from tunewright.core.errors import Problem
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.core.units import chunks
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
@@ -111,7 +111,7 @@ class Policy(Objective):
     def explore(self, model: Any, samples: list[Sample], turn: Turn) -> list[Sample]:
         """The groups of this step, drawn now or in a step before."""
         if turn.step % self.reuse == 0 or not self._drawn:
-            torch.manual_seed(derive(turn.seed, "draw", turn.step))
+            sow(turn.seed, "draw", turn.step)
             self._drawn = self._groups(model, samples)
         return self._drawn
 
@@ -197,7 +197,7 @@ class Policy(Objective):
 
     def judged(self, model: Any, samples: list[Sample]) -> dict[str, float]:
         """What answers drawn now are worth; the loss is their mean reward, negative."""
-        torch.manual_seed(derive(0, "judge"))
+        sow(0, "judge")
         answers, table_NR, worth_PG = self._answered(model, samples)
         figures = self._told(table_NR, worth_PG, answers)
         return {"loss": -figures["reward"], **figures}

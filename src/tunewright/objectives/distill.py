@@ -15,7 +15,7 @@ from tunewright.core import store
 from tunewright.core.config import Config as BaseConfig
 from tunewright.core.errors import DataError, Problem
 from tunewright.core.paths import cache_folder
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.core.words import Words
 from tunewright.data import tokens
 from tunewright.data.rows import Row
@@ -152,7 +152,7 @@ class Distill(Causal):
         """With the teacher's answers, or the student's."""
         if self.config.answers == "teacher":
             return self._answered(samples)
-        torch.manual_seed(derive(turn.seed, "draw", turn.step))
+        sow(turn.seed, "draw", turn.step)
         return self._drawn(model, samples)
 
     def judged(self, model: Any, samples: list[Sample]) -> dict[str, float]:
@@ -160,7 +160,7 @@ class Distill(Causal):
         if self.config.answers == "teacher":
             found = self._answered(samples)
         else:
-            torch.manual_seed(derive(0, "judge"))
+            sow(0, "judge")
             found = self._drawn(model, samples)
         loss, figures = self.loss(model, self.batch(found, next(model.parameters()).device))
         return {"loss": loss.item(), **figures}

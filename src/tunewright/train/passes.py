@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.methods import Clock, Method
 from tunewright.models.announce import announced
 from tunewright.objectives import Batch, Objective
@@ -41,14 +41,14 @@ class Accumulator:
         self.method.before_step(self.model, clock)
         self.optimizer.follow()
         weights = [self.objective.weight(batch) for batch in batches]
-        torch.manual_seed(derive(clock.seed, "look", clock.step))
+        sow(clock.seed, "look", clock.step)
         self.objective.look(self.model, batches)
         for one in self.regularizers:
             one.look(self.model, batches, clock.step / clock.steps)
         whole, loss = sum(weights), 0.0
         metrics: dict[str, float] = {}
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            torch.manual_seed(derive(clock.seed, f"micro-{i}", clock.step))
+            sow(clock.seed, f"micro-{i}", clock.step)
             with self._autocast(), announced(self.model, batch):
                 part, figures = self.objective.loss(self.model, batch)
                 for one in self.regularizers:
