@@ -15,7 +15,7 @@ from torch import Tensor
 from tunewright import methods
 from tunewright.core.config import Config
 from tunewright.core.events import Event, EventLog
-from tunewright.core.rng import derive
+from tunewright.core.rng import sow
 from tunewright.methods import Clock, Method
 from tunewright.recipes import TrainConfig
 from tunewright.train.lesson import Lesson as Portion
@@ -114,7 +114,7 @@ class Lesson:
     def trainer(self, folder: str, precision: str = "fp32", **choices: Any) -> Trainer:
         """A trainer of a fresh model in a folder of the lesson."""
         method = self.method_class(choices.pop("config", self.config))
-        torch.manual_seed(derive(SEED, "method"))
+        sow(SEED, "method")
         model = method.apply(self.base(precision))
         objective = self.school.objective(choices.pop("objective", "sft"))
         algorithm = choices.pop("algorithm", None)
@@ -162,7 +162,7 @@ class Lesson:
     def midway(self) -> "Midway":
         """In the middle of training, without dropout."""
         trainer = self._from_the_middle("midway", config=_without_dropout(self.config))
-        restored = trainer.checkpoints.restore(trainer.optimizer)
+        restored = trainer.record.checkpoints.restore(trainer.optimizer)
         trainer.method.set_state(restored.declared.get("method", {}))
         return Midway(trainer)
 

@@ -181,7 +181,7 @@ def unchanged(trainer: Trainer, spoiler: Spoiler, fault: str) -> bool:
 
 def kept_is_good(trainer: Trainer) -> bool:
     """The newest checkpoint is that of before, whole, every number finite."""
-    newest = trainer.checkpoints.steps()[-1]
+    newest = trainer.record.checkpoints.steps()[-1]
     store.verify(newest)
     tensors = [t for path in newest.glob("*.safetensors") for t in load_file(path).values()]
     return newest.name.endswith(f"{KEPT:08d}") and all(bool(torch.isfinite(t).all()) for t in tensors)

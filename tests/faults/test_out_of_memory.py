@@ -93,7 +93,7 @@ def check(
     trainer, events, limit = seen
     halved = [event for event in events if event["kind"] == "out-of-memory"]
     tally.add(limit.failures > 0 and bool(halved), f"{name}: memory never ended")
-    same = ledger.read(trainer.ledger.path) == ledger.read(plain.ledger.path)
+    same = ledger.read(trainer.record.ledger.path) == ledger.read(plain.record.ledger.path)
     tally.add(same, f"{name}: other samples than in the plain run")
     bound = 1e-6 if precision == "fp32" else 2e-2  # bf16 sums in another order; the next test is exact
     far = max(abs(a - b) for a, b in zip(losses(events), losses(plain_events), strict=True))
@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_the_size_that_fitted(lab: Lab, tally):
     trained(lab, "parts", lambda t: Limit(t, 60, from_step=1), train={"max_steps": 4, "schedule": "constant"})
     trainer, _, limit = trained(lab, "parts", lambda t: Limit(t, 60), train={"schedule": "constant"})
     tally.add(limit.failures == 0, "memory ended again at the size that had already failed")
-    same = ledger.read(trainer.ledger.path) == ledger.read(whole.ledger.path)
+    same = ledger.read(trainer.record.ledger.path) == ledger.read(whole.record.ledger.path)
     tally.add(same, "other samples after resuming")
 
 

@@ -16,7 +16,7 @@ InterruptedRunError        a signal: exit 128 and its number (Ctrl-C 130, SIGTER
                            KeyboardInterrupt: a library's ``except Exception`` must not take it for its own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -124,3 +124,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
         return "leave it out"
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
+
+
+def few(names: Sequence[str], told: int = 3) -> str:
+    """The first names, and how many there are besides: ``a, b, c and 4 more``."""
+    return ", ".join(names[:told]) + (f" and {len(names) - told} more" if len(names) > told else "")

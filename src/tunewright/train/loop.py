@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tunewright import fast
-from tunewright.core.errors import DivergedError
+from tunewright.core.errors import DivergedError, few
 from tunewright.core.events import EventLog
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.tokens import Mixture, Sample, take
@@ -23,13 +23,13 @@ from tunewright.objectives import Batch, Objective, Turn
 from tunewright.optimizers import Optimizer
 from tunewright.recipes import TrainConfig
 from tunewright.regularizers import Old, Regularizer, Start
-from tunewright.train import guard, ledger
-from tunewright.train.checkpoint import Checkpoints, Restored
+from tunewright.train import guard
 from tunewright.train.feed import Feed
 from tunewright.train.lesson import Lesson
 from tunewright.train.measure import HeldOut
 from tunewright.train.optimizer import Masters
 from tunewright.train.passes import Accumulator, Pass
+from tunewright.train.record import Record
 from tunewright.train.rehearsal import Rehearsal
 from tunewright.train.schedule import rate
 from tunewright.train.state import TrainState
@@ -90,10 +90,10 @@ class Trainer:
             start = self.objective.start = Start(self.model, self.optimizer.parameters)
             for one, old in zip(self.regularizers, self.old, strict=True):
                 one.begin(start, old)
-        keep_best = self.config.restore_best and self.config.eval_every > 0
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep, keep_best)
-        self.ledger = ledger.Ledger(self.folder / "samples.jsonl")
-        self._saved = 0
+        self.record = Record(
+            self.folder, self.config, self.feed, self.optimizer,
+            {"objective": self.objective, "method": self.method}, self.log,
+        )  # fmt: skip
         self.techniques: list[str] = []
         self.held_out = HeldOut(self.objective, self.valid, self.config.held_out_tokens)
 
@@ -136,7 +136,7 @@ class Trainer:
                     "train", steps=self.steps, step=self.state.step, samples=len(self.data), **share
                 )
                 self._train()
-        self._restore_best()
+        self.record.restore_best(self.state)
         self.objective.release(self.model)
         for one in self.regularizers:
             one.release(self.model)
@@ -214,47 +214,16 @@ class Trainer:
             self._step(indices)
             self.state.seconds = before + time.monotonic() - began
             self._after_step()
-        if self._saved != self.state.step:
-            self._save()
+        self.record.save(self.state)
 
     def _resume(self) -> None:
-        restored = self.checkpoints.restore(self.optimizer)
-        self._tell_damage(restored)
-        if restored.state:
-            self.state, self._saved = restored.state, restored.state.step
-            self._take_back(restored)
-            self.held_out.budget = self.state.eval_tokens or self.held_out.budget
-            self.log.emit("resume", step=self.state.step)
-        self._check_ledger()
-
-    def _take_back(self, restored: Restored) -> None:
-        self.objective.set_state(restored.declared.get("objective", {}))
-        self.method.set_state(restored.declared.get("method", {}))
-
-    def _declared(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {"objective": self.objective.state(), "method": self.method.state()}
-
-    def _tell_damage(self, restored: Restored) -> None:
-        for damage in restored.damaged:
-            self.log.emit("damaged", what=damage)
-
-    def _check_ledger(self) -> None:
-        """Steps that the ledger lost follow from the seed: written again, and told."""
-        known = ledger.read(self.ledger.path)
-        lost = set(range(1, self.state.step + 1)) - known.keys()
-        if not lost:
-            return
-        steps: ledger.Steps = {}
-        for step, indices in zip(range(1, self.state.step + 1), self.feed.from_step(0), strict=False):
-            samples = [] if step in self.state.untaught else [int(i) for i in indices]
-            steps[step] = known.get(step, samples)
-        self.ledger.mend(steps)
-        self.log.emit("damaged", what=f"{self.ledger.path}: {len(lost)} steps were lost; written again")
+        self.state = self.record.resume(self.state)
+        self.held_out.budget = self.state.eval_tokens or self.held_out.budget
 
     def _prepare(self) -> None:
         self.model.train()
         if bad := self._bad_weights():
-            raise DivergedError(f"the model to start from is not finite: {_few(bad)}")
+            raise DivergedError(f"the model to start from is not finite: {few(bad)}")
         if self.config.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
                 activation_checkpointing_kwargs={"use_reentrant": False}
@@ -306,7 +275,7 @@ class Trainer:
         self._update(factor, overflowed)
         self.state.learned(seen.loss)
         self._count(lesson, seen)
-        self.ledger.learned(self.state.step, [] if overflowed else indices)
+        self.record.ledger.learned(self.state.step, [] if overflowed else indices)
         self._emit_step(seen, None if overflowed else norm, factor)
 
     def _lesson(self, indices: np.ndarray) -> Lesson:
@@ -346,7 +315,7 @@ class Trainer:
     def _update(self, factor: float, overflowed: bool) -> None:
         """One step of the optimizer. Under fp16 an overflow skips it and lowers the loss scale."""
         if bad := self.optimizer.not_finite():
-            raise DivergedError(f"step {self.state.step + 1}: not finite: {_few(bad)}; nothing was updated")
+            raise DivergedError(f"step {self.state.step + 1}: not finite: {few(bad)}; nothing was updated")
         if overflowed:
             self.optimizer.drop()
         else:
@@ -361,7 +330,7 @@ class Trainer:
         bad = self.optimizer.not_finite() or self._bad_weights()
         gradients = [f"gradient of {name}" for name in self.optimizer.bad_gradients()]
         samples = "" if bad else f"; samples: {self.feed.names(self._culprits(indices))}"
-        named = _few(bad or gradients) or what
+        named = few(bad or gradients) or what
         raise DivergedError(
             f"step {self.state.step + 1}: the {what} is not finite ({named}{samples}); nothing was updated"
         )
@@ -386,32 +355,11 @@ class Trainer:
         self.optimizer.drop()
         self.state.step += 1
         self.state.passed_over()
-        self.ledger.skipped(self.state.step, indices)
+        self.record.ledger.skipped(self.state.step, indices)
         names = self.feed.names(indices)
         self.log.emit("spike", step=self.state.step, loss=loss, recent=self.state.recent[-1], samples=names)
         if self.state.spikes >= guard.PATIENCE:
-            self._roll_back()
-
-    def _roll_back(self) -> None:
-        """Go back to the weights before the spikes, and past the batches that led there."""
-        restored = None
-        if self.state.rollbacks < guard.ROLLBACKS:
-            last = self.state.step - self.state.spikes  # the step whose update is to be undone
-            restored = self.checkpoints.restore(self.optimizer, before=last)
-            self._tell_damage(restored)
-        if restored is None or restored.state is None:
-            raise DivergedError(
-                f"step {self.state.step}: {self.state.spikes} losses in a row stand far out and "
-                f"{self.state.rollbacks} rollbacks were made; lower train.lr, or train.save_every to have a "
-                "checkpoint to go back to; train.on_spike: learn takes them as they are"
-            )
-        self._take_back(restored)
-        self.state.recent, self.state.spikes = restored.state.recent, 0
-        self.state.rollbacks += 1
-        self.state.untaught += range(restored.state.step + 1, self.state.step + 1)
-        self.ledger.rolled_back(self.state.step, restored.state.step)
-        self.log.emit("rollback", step=self.state.step, to=restored.state.step)
-        self._save()
+            self.record.roll_back(self.state)
 
     @property
     def _scale(self) -> float:
@@ -431,29 +379,10 @@ class Trainer:
             loss = self.held_out_loss()
             best = self.state.measured(loss)
             self.log.emit("eval", step=step, loss=loss, best=best)
-            if best and every.restore_best:
-                self.checkpoints.save_best(self.optimizer, self.state)
+            if best:
+                self.record.save_best(self.state)
         if every.save_every and step % every.save_every == 0 and not self.state.spikes:
-            self._save()  # while spikes come in a row, those from before them are kept
-
-    def _save(self) -> None:
-        """A checkpoint of this step, unless it would keep numbers that nothing can go on from."""
-        if self._saved == self.state.step:
-            return
-        if bad := self.optimizer.not_finite():
-            raise DivergedError(
-                f"step {self.state.step}: not finite: {_few(bad)}; no checkpoint of it is kept"
-            )
-        self.ledger.settle()
-        path = self.checkpoints.save(self.optimizer, self.state, self._declared())
-        self._saved = self.state.step
-        self.log.emit("checkpoint", step=self.state.step, path=path.name)
-
-    def _restore_best(self) -> None:
-        """Without ``eval_every`` nothing was measured, and the last weights are the result."""
-        if self.config.restore_best and 0 < self.state.best_step < self.state.step:
-            self.checkpoints.restore_best(self.optimizer, self.state.best_step)
-            self.log.emit("restore", step=self.state.best_step, loss=self.state.best_loss)
+            self.record.save(self.state)  # while spikes come in a row, those from before them are kept
 
     def held_out_loss(self) -> float:
         """Mean loss over the held-out samples, in nats per supervised token."""
@@ -472,7 +401,3 @@ class _Again:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.made()
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
