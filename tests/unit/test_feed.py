@@ -57,6 +57,26 @@ def test_a_typical_batch_is_of_middling_length(make_feed: MakeFeed) -> None:
     assert int(feed.data.lengths[feed.typical()].max()) == longest[len(longest) // 2]
 
 
+def in_order(feed: Feed) -> list[int]:
+    return [index for part in feed.in_order(64) for index in part.tolist()]
+
+
+def test_of_an_epoch_or_more_all_samples_come_by_length(make_feed: MakeFeed) -> None:
+    for feed in (make_feed(epochs=1), make_feed(epochs=2.5), make_feed(max_steps=make_feed(epochs=1).steps)):
+        assert sorted(in_order(feed)) == list(range(len(TALKS)))
+        lengths = feed.data.lengths[in_order(feed)].tolist()
+        assert lengths == sorted(lengths)
+
+
+def test_of_less_than_an_epoch_only_what_is_learned_from_comes(make_feed: MakeFeed) -> None:
+    feed = make_feed(max_steps=2)
+    learned = [index for batch in ordered(feed, 0, 2) for index in batch]
+    assert len(learned) < len(TALKS)
+    assert sorted(in_order(feed)) == sorted(learned)
+    lengths = feed.data.lengths[in_order(feed)].tolist()
+    assert lengths == sorted(lengths)
+
+
 @pytest.mark.parametrize("budget", [1, 20, 40, 64])
 def test_the_parts_of_a_step_are_its_samples_in_order_within_the_budget(
     make_feed: MakeFeed, budget: int

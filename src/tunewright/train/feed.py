@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from tunewright.core.errors import few
 from tunewright.data.batching import BatchPlan, cut, padding_share
 from tunewright.data.tokens import LENGTH, SAMPLE, Mixture, take
 from tunewright.objectives import Batch, Objective
@@ -71,8 +72,17 @@ class Feed:
         return {SAMPLE: torch.from_numpy(which_R), LENGTH: torch.from_numpy(lengths_B), **batch}
 
     def in_order(self, budget: int) -> list[np.ndarray]:
-        """All samples once, by length, in parts of at most ``budget`` padded tokens: the same whenever it is asked."""
-        return cut(np.argsort(self.data.lengths, kind="stable"), self.data.lengths, budget)
+        """All samples that are learned from, once, by length, in parts of at most ``budget`` padded tokens: the same
+        whenever it is asked.
+        """
+        seen = self._seen()
+        return cut(seen[np.argsort(self.data.lengths[seen], kind="stable")], self.data.lengths, budget)
+
+    def _seen(self) -> np.ndarray:
+        """All, or those of the steps where these end within an epoch."""
+        if self.epochs >= 1:
+            return np.arange(len(self.data.lengths))
+        return np.unique(np.concatenate(list(islice(self.from_step(0), self.steps))))
 
     def tokens(self, indices: np.ndarray) -> int:
         """Tokens in these samples, padding not counted."""
@@ -99,5 +109,4 @@ class Feed:
 
     def names(self, indices: Sequence[int] | np.ndarray) -> str:
         """Where samples stand, for a message: ``my.jsonl:3, my.jsonl:8 and 4 more``."""
-        told = ", ".join(self.data.where(int(i)) for i in indices[:_TOLD])
-        return told + (f" and {len(indices) - _TOLD} more" if len(indices) > _TOLD else "")
+        return few([self.data.where(int(i)) for i in indices], _TOLD)
