@@ -55,7 +55,7 @@ def _row(name: str) -> Tree:
     refused = {other: method.problems(outline(other)) for other in SHAPES}
     apart = kind.keeps_apart(whole)
     return {
-        "name": name, "summary": plugins.summary(plugins.load("methods", name)),
+        "name": name, "summary": plugins.summary("methods", name),
         "idea": facts.idea._asdict(), "formula": facts.formula, "trains": facts.count,
         "count": count, "share": count / total, "memory_factor": _memory(method, method.at_once(whole), total),
         "inference": facts.inference._asdict(), "mergeable": apart is None,

@@ -156,11 +156,11 @@ def lint(
     as_json: Json = False,
 ) -> None:
     """Check data files and folders: file:line, what is wrong, how to fix it. Exit code 2 if anything is."""
-    from tunewright import examine
+    from tunewright import linting
 
-    report = examine.lint(data, model, template, max_length)
+    report = linting.lint(data, model, template, max_length)
     if as_json:
-        _say(examine.lint_json(report))
+        _say(linting.to_json(report))
     else:
         _show_problems([str(problem) for problem in report.problems], typer.echo)
         typer.echo("\n".join(report.lines()))
@@ -285,21 +285,22 @@ def doctor(
 @app.command("list")
 def list_(what: Listed, as_json: Json = False) -> None:
     """List methods, objectives, regularizers, optimizers, models, templates or data; or print the recipe's JSON schema."""
-    from tunewright import catalogue, examine
+    from tunewright import listing
 
     if what is Listed.schema:
         from tunewright.recipes import schema_json
 
         typer.echo(json.dumps(schema_json(), indent=None if as_json else 2))
         return
-    listed = examine.listed(what.value)
+    rows = listing.listed(what.value)
     if as_json:
-        _say(listed)
+        _say(rows)
     elif what is Listed.methods:
-        typer.echo(catalogue.method_table(listed))
+        from tunewright import catalogue
+
+        typer.echo(catalogue.method_table(rows))
     else:
-        width = max(len(entry["name"]) for entry in listed)
-        typer.echo("\n".join(f"{entry['name']:<{width}}  {entry['summary']}".rstrip() for entry in listed))
+        typer.echo("\n".join(listing.lines(rows)))
 
 
 def _show_problems(problems: list[str], show: Callable[[str], None]) -> None:

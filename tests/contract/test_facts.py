@@ -35,7 +35,7 @@ def test_a_method_says_how_fast_it_learns_and_what_it_saves(method):
     kind = methods.kind(method)
     assert 0 < kind.default_lr < 1
     assert kind.folder in ("adapter", "model")
-    assert plugins.summary(plugins.load("methods", method))
+    assert plugins.summary("methods", method)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training import OTHERS, MakeTrainer, kill_at, killed_and_whole, logged, losses
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunewright import doctor, examine, fast
+from tunewright import doctor, fast, listing
 from tunewright.core import store
 from tunewright.core.errors import RecipeError
 from tunewright.fast import _native
@@ -338,7 +338,7 @@ def test_the_doctor_tells_what_a_training_computes_with() -> None:
 
 
 def test_the_list_has_a_line_on_each() -> None:
-    rows = examine.listed("fast")
+    rows = listing.listed("fast")
     assert {row["name"] for row in rows} == TECHNIQUES
     assert len({row["summary"] for row in rows}) == len(TECHNIQUES)
     assert all(row["summary"].endswith(".") and "\n" not in row["summary"] for row in rows)

@@ -58,7 +58,7 @@ def test_one_file_in_a_folder_is_a_method_that_a_recipe_can_name(folder: Path) -
     write(folder / "bias_only.py", BITFIT.format(name="BiasOnly"))
     assert "bias_only" in plugins.names("methods")
     module = plugins.load("methods", "bias_only")
-    assert plugins.summary(module) == "Trains the biases only."
+    assert plugins.summary("methods", "bias_only") == "Trains the biases only."
     assert plugins.implementation(module, Method).default_lr == 0.125
     recipe = load({"model": "builtin:pico", "data": "a.jsonl", "method": "bias_only"})
     assert recipe.stages[0].method == {"name": "bias_only", "depth": 3}

@@ -5,6 +5,7 @@ that do not begin with an underscore, files in ``$TUNEWRIGHT_PLUGINS/<room>/``, 
 group ``tunewright.<room>`` (imported only when their name is asked for).
 """
 
+import ast
 import importlib
 import importlib.util
 import os
@@ -63,9 +64,11 @@ def _import_file(qualified: str, source: Path) -> ModuleType:
     return module
 
 
-def summary(module: ModuleType) -> str:
-    """The first line of a plugin's docstring."""
-    return (module.__doc__ or "").strip().partition("\n")[0]
+def summary(room: str, name: str) -> str:
+    """The first line of a plugin's docstring; a file is read for it, and not imported."""
+    source = _sources(room).get(name)
+    told = ast.get_docstring(ast.parse(source.read_bytes())) if source else load(room, name).__doc__
+    return (told or "").strip().partition("\n")[0]
 
 
 def implementation(module: ModuleType, base: type[Contract]) -> type[Contract]:

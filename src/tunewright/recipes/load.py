@@ -346,5 +346,5 @@ def _choices(room: str, definitions: Tree) -> list[Tree]:
         config = module.Config.model_json_schema()
         definitions.update(config.pop("$defs", {}))
         config["properties"] = {"name": {"const": name}, **config.get("properties", {})}
-        choices.append({**config, "required": ["name"], "description": plugins.summary(module)})
+        choices.append({**config, "required": ["name"], "description": plugins.summary(room, name)})
     return choices
