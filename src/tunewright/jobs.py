@@ -9,24 +9,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunewright import comparison, methods, objectives, optimizers, regularizers
+from tunewright.bases import EARLIER, base
 from tunewright.core import machine, store
-from tunewright.core.errors import HardwareError, ModelError, Problem, UserError, nearest
+from tunewright.core.errors import ModelError, Problem, UserError, nearest
 from tunewright.core.paths import folder_to_make
-from tunewright.core.units import human_bytes
 from tunewright.data import formats, lint, prepare
 from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Mixture
-from tunewright.models import inspect
-from tunewright.models.load import (
-    ModelSource,
-    begin_fingerprint,
-    best_device,
-    find,
-    fingerprint,
-    load_tokenizer,
-    outline,
-)
+from tunewright.models.load import ModelSource, find, fingerprint
 from tunewright.objectives import _rewards as rewards
 from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import as_data
@@ -169,7 +160,7 @@ def look(trees: Iterable[dict[str, Any]]) -> list[Problem]:
 
 def _model_problems(tree: dict[str, Any]) -> tuple[Problem, ...]:
     model = tree.get("model")
-    if not isinstance(model, str) or model.startswith("stage:"):
+    if not isinstance(model, str) or model.startswith(EARLIER):
         return ()
     try:
         find(model, bool(tree.get("trust_remote_code")))
@@ -181,8 +172,9 @@ def _model_problems(tree: dict[str, Any]) -> tuple[Problem, ...]:
 def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[Problem]) -> Job | None:
     method = methods.create(stage.method, plugin_config("methods", stage.method))
     found += method.data_problems(stage.data)
+    parent = earlier.get(stage.model.removeprefix(EARLIER)) if stage.model.startswith(EARLIER) else None
     try:
-        source, codec = _model(stage, earlier, method)
+        source, codec = base(stage, parent, method)
     except UserError as error:
         found += error.problems
         found += _lint_only(stage.data)
@@ -198,7 +190,6 @@ def _job(stage: Stage, earlier: dict[str, Job], progress: Progress, found: list[
         found += error.problems
         return None
     stages, models = _others(objective, codec, earlier, found)
-    parent = earlier.get(stage.model.removeprefix("stage:")) if stage.model.startswith("stage:") else None
     optimizer = optimizers.create(stage.optimizer, plugin_config("optimizers", stage.optimizer))
     return Job(
         stage, source, method, objective, optimizer, codec, data, valid, asked, held, looked_at, old, stages,
@@ -235,73 +226,6 @@ def _asked_stage(other: objectives.Other, name: str, earlier: dict[str, Job]) ->
         what = f"{other.name} is no earlier stage" + ("" if other.speaks else " with objective: reward")
         raise UserError(Problem(other.place, what, nearest(name, earlier) if earlier else ""))
     return job
-
-
-def _model(stage: Stage, earlier: dict[str, Job], method: methods.Method) -> tuple[ModelSource, ChatCodec]:
-    """Where the model is and how it reads; raises all that is wrong with model and machine."""
-    problems: list[Problem] = []
-    if stage.precision == "fp16" and best_device() == "cpu":
-        problems.append(Problem("precision", "fp16 needs a GPU and there is none", "use precision: bf16"))
-    if stage.model.startswith("stage:"):
-        before = earlier.get(stage.model.removeprefix("stage:"))
-        if before is None:  # its own problems are already told
-            raise HardwareError(problems)
-        source = before.source
-        problems += _kept_apart(before)
-    else:
-        source = _found(stage, problems)
-    try:
-        shape = outline(source)
-        problems += [*_memory(stage, source, method, shape), *method.problems(shape)]
-    except ModelError as error:
-        problems += error.problems
-    if problems:
-        raise HardwareError(problems)
-    codec = ChatCodec(load_tokenizer(source), stage.data.template, _longest(stage, source, method))
-    if objectives.kind(stage.objective["name"]).wants != "texts":
-        codec.require_template()
-    return source, codec
-
-
-def _kept_apart(before: Job) -> list[Problem]:
-    """Why nothing can start from an earlier stage's result: its adapter does not merge."""
-    reason = before.method.keeps_apart(outline(before.source))
-    if reason is None:
-        return []
-    name = before.stage.method["name"]
-    what = f"stage {before.stage.name!r} is trained by {name}, which cannot be merged: {reason.en}"
-    return [Problem("model", what, "choose a method for it that merges: tunewright list methods")]
-
-
-def _found(stage: Stage, problems: list[Problem]) -> ModelSource:
-    try:
-        source = find(stage.model, stage.trust_remote_code)
-    except ModelError as error:
-        raise ModelError([*problems, *error.problems]) from None
-    begin_fingerprint(source)
-    return source
-
-
-def _longest(stage: Stage, source: ModelSource, method: methods.Method) -> int:
-    """The recipe's max_length, or what the method leaves of the model's context if that is shorter."""
-    context = inspect.context_length(source)
-    return min(stage.data.max_length, context - method.virtual_tokens()) if context else stage.data.max_length
-
-
-def _memory(stage: Stage, source: ModelSource, method: methods.Method, shape: Any) -> list[Problem]:
-    """A problem if the weights alone (and the optimizer's part, if all are trained) exceed what is free."""
-    count = inspect.parameter_count(source)
-    if count is None or best_device() != "cpu":
-        return []
-    trained = 0.0
-    if method.folder == "model":
-        trained = 16 * method.at_once(shape) / count  # fp32 master, two moments, gradient
-    held = method.base_bytes if stage.precision == "bf16" or method.base_bytes < 2 else 4
-    need, free = int(count * (held + trained)), machine.available_memory()
-    if need <= free:
-        return []
-    what = f"{source.name} needs at least {human_bytes(need)} of memory, {human_bytes(free)} is free"
-    return [Problem("model", what, "use precision: bf16, method: lora, or a smaller model")]
 
 
 def _lint_only(data: DataConfig) -> list[Problem]:
