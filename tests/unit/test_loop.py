@@ -85,12 +85,16 @@ def test_tokens_are_counted(make_trainer: MakeTrainer) -> None:
     assert state.seconds > 0
 
 
-def test_the_log_tells_what_training_begins_with(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer = make_trainer(max_steps=1)
+@pytest.mark.parametrize("steps", [1, 2, 0])
+def test_the_log_tells_what_training_begins_with(
+    make_trainer: MakeTrainer, tmp_path: Path, steps: int
+) -> None:
+    """The padding is that of the first epoch, or of the steps where they are fewer."""
+    trainer = make_trainer(**({"max_steps": steps} if steps else {"epochs": 2}))
     trainer.run()
     (event,) = logged(tmp_path, "train")
-    assert (event["steps"], event["step"], event["samples"]) == (1, 0, len(trainer.data))
-    batches = epoch(trainer, 0)
+    assert (event["steps"], event["step"], event["samples"]) == (trainer.steps, 0, len(trainer.data))
+    batches = epoch(trainer, 0)[: steps or None]
     real = sum(int(trainer.data.lengths[b].sum()) for b in batches)
     padded = sum(len(b) * int(trainer.data.lengths[b].max()) for b in batches)
     assert event["padding_share"] == pytest.approx(1 - real / padded)

@@ -33,6 +33,10 @@ class Feed:
         """Passes over the data in all steps."""
         return self.steps / self.objective.reuse / len(self._plan.batches(0))
 
+    def _first(self) -> list[np.ndarray]:
+        """The batches of the first epoch that are learned from."""
+        return self._plan.batches(0)[: -(-self.steps // self.objective.reuse)]
+
     def from_step(self, step: int) -> Iterator[np.ndarray]:
         """The sample indices of each step, from ``step`` (0-based) on, without end."""
         first, times = divmod(step, self.objective.reuse)
@@ -48,12 +52,13 @@ class Feed:
         self._shared = self._alike() if on else 0
 
     def _alike(self) -> int:
-        """How many tokens all samples begin with, of which none is learned."""
-        if self.objective.rows > 1 or self.objective.explores or "learned" not in self.data[0]:
+        """How many tokens all that is learned from begins with, of which none is learned itself."""
+        seen = self._seen()
+        if self.objective.rows > 1 or self.objective.explores or "learned" not in self.data[seen[0]]:
             return 0
-        first = self.data[0]["input_ids"]
+        first = self.data[seen[0]]["input_ids"]
         alike = len(first)
-        for sample in self.data:
+        for sample in take(self.data, seen):
             learned = int(np.argmax(sample["learned"])) - 1  # a label stands one before its word
             own = sample["input_ids"][: max(0, min(alike, learned))]
             differ = np.flatnonzero(own != first[: len(own)])
@@ -82,19 +87,19 @@ class Feed:
         """All, or those of the steps where these end within an epoch."""
         if self.epochs >= 1:
             return np.arange(len(self.data.lengths))
-        return np.unique(np.concatenate(list(islice(self.from_step(0), self.steps))))
+        return np.unique(np.concatenate(self._first()))
 
     def tokens(self, indices: np.ndarray) -> int:
         """Tokens in these samples, padding not counted."""
         return int(self.data.lengths[indices].sum())
 
     def padding_share(self, budget: int) -> float:
-        """Padded positions of the first epoch as a share of all."""
+        """Padded positions of the first epoch, or of the steps where they are fewer, as a share of all."""
         return padding_share(self._first_epoch(budget), self.data.lengths)
 
     def typical(self) -> np.ndarray:
         """The first epoch's batch whose longest sample is neither long nor short: what a step costs hangs on that."""
-        batches = sorted(self._plan.batches(0), key=lambda batch: int(self.data.lengths[batch].max()))
+        batches = sorted(self._first(), key=lambda batch: int(self.data.lengths[batch].max()))
         return batches[len(batches) // 2]
 
     def widest(self, budget: int) -> np.ndarray:
@@ -102,7 +107,7 @@ class Feed:
         return max(self._first_epoch(budget), key=self._padded)
 
     def _first_epoch(self, budget: int) -> list[np.ndarray]:
-        return [m for batch in self._plan.batches(0) for m in self.micro_batches(batch, budget)]
+        return [m for batch in self._first() for m in self.micro_batches(batch, budget)]
 
     def _padded(self, indices: np.ndarray) -> int:
         return len(indices) * (int(self.data.lengths[indices].max()) - self._shared) + self._shared

@@ -243,7 +243,7 @@ class Trainer:
             self.held_out.rehearse(self.model, self._tell_smaller)
 
     def padding_share(self) -> float:
-        """Padded positions of the first epoch as a share of all."""
+        """Padded positions of the first epoch, or of the steps where they are fewer, as a share of all."""
         return self.feed.padding_share(self._budget)
 
     @property
