@@ -175,14 +175,16 @@ def test_operations_on_a_row_are_what_they_are_declared_to_be() -> None:
     opcheck(packed.attend_backward, (*inputs, grad_BTHD.transpose(1, 2), ends, 0.3))
 
 
-@pytest.mark.parametrize("outputs", [12, 6])
-def test_operations_of_lora_are_what_they_are_declared_to_be(outputs: int) -> None:
-    """More outputs than inputs go another way than fewer."""
-    x_MI, joint_NK = torch.randn(7, 8, requires_grad=True), torch.randn(outputs, 8 + 5)
+@pytest.mark.parametrize(("outputs", "apart"), [(12, False), (6, False), (6, True)])
+def test_operations_of_lora_are_what_they_are_declared_to_be(outputs: int, apart: bool) -> None:
+    """More outputs than inputs go another way than fewer; then B may lie apart from the weights."""
+    x_MI, weight_NK = torch.randn(7, 8, requires_grad=True), torch.randn(outputs, 8 if apart else 8 + 5)
+    added_NR = torch.randn(outputs, 5) if apart else torch.empty(0)
     sizes, ranks, scales = [outputs // 3, outputs - outputs // 3], [2, 3], [0.5, 2.0]
     ups = [torch.randn(size, rank, requires_grad=True) for size, rank in zip(sizes, ranks, strict=True)]
-    opcheck(lora_linear._lora, (x_MI, joint_NK, torch.randn(5, 8, requires_grad=True), ups, scales))
-    given = (torch.randn(7, outputs), x_MI.detach(), torch.randn(7, 5), joint_NK, torch.randn(5, 8))
+    down_RI = torch.randn(5, 8, requires_grad=True)
+    opcheck(lora_linear._lora, (x_MI, weight_NK, added_NR, down_RI, ups, scales))
+    given = (torch.randn(7, outputs), x_MI.detach(), torch.randn(7, 5), weight_NK, added_NR, down_RI.detach())
     for for_input in (True, False):
         opcheck(lora_linear._backward, (*given, sizes, ranks, scales, for_input))
 

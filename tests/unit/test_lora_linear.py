@@ -22,7 +22,9 @@ from transformers import (
 from tunewright import methods
 from tunewright.fast import lora_linear
 from tunewright.fast.lora_linear import LoraLinear
+from tunewright.fast.process import mapped_files
 from tunewright.models import anatomy, likelihood
+from tunewright.models.load import find, load_model
 from tunewright.recipes import plugin_config
 
 OURS = "tunewright::lora"
@@ -315,6 +317,36 @@ def test_a_layer_of_one_output_is_no_part_of_a_larger_matrix_either() -> None:
     with LoraLinear().on(work(model)):
         assert "forward" in vars(model.base_model.model.score)
     assert_untouched(model, before)
+
+
+@pytest.fixture
+def from_a_file(tmp_path: Path) -> Any:
+    """An adapted model whose weights are pages of a file."""
+    llama().save_pretrained(tmp_path)
+    return adapted(lambda: load_model(find(str(tmp_path)), "fp32"))
+
+
+def places(model: Any) -> dict[str, int]:
+    return {name: p.data_ptr() for name, p in model.named_parameters() if "base_layer" in name}
+
+
+def test_weights_of_a_file_are_its_pages_again(from_a_file: Any) -> None:
+    before = places(from_a_file)
+    assert all(any(place in file for file in mapped_files()) for place in before.values())
+    with LoraLinear().on(work(from_a_file)):
+        copied = {name.split(".")[-3] for name, place in places(from_a_file).items() if place != before[name]}
+        learn(from_a_file, batch(20, 9))
+    assert copied == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}  # the others are alone
+    assert places(from_a_file) == before
+
+
+def test_what_was_merged_within_stays_merged(from_a_file: Any) -> None:
+    plain = logits(from_a_file)
+    with LoraLinear().on(work(from_a_file)):
+        from_a_file.merge_adapter()
+    torch.testing.assert_close(logits(from_a_file), plain, rtol=1e-4, atol=1e-4)
+    from_a_file.unmerge_adapter()
+    torch.testing.assert_close(logits(from_a_file), plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")

@@ -2,7 +2,8 @@
 
 A LoRA layer has seven small products beside its large ones, and each reads or writes a whole activation again. Here the
 layers of a block that are given the same tensor (query, key and value; gate and up) are one: y = [x | xA] · [W | sB],
-where W, the frozen weights of all of them, and B lie in one matrix. The gradient of W is never formed.
+where W, the frozen weights of all of them, and B lie in one matrix. The gradient of W is never formed. A layer alone that
+has fewer outputs than inputs keeps its weights where they are: y = xA · sB is added to what they make.
 
 DoRA (Liu et al. 2024, arXiv:2402.09353) besides scales each output by its magnitude over the norm of its row of W + sBA.
 That sum is never formed either: |w + sbA|² = |w|² + 2s·b·(Aw) + s²·b(AAᵀ)bᵀ.
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from tunewright.core.words import Words
 from tunewright.fast import Technique, Work, _amx_products, look
 from tunewright.fast.attention import base_model
-from tunewright.fast.process import let_go_of_files
+from tunewright.fast.process import let_go_of_files, mapped_files
+from tunewright.models import hollow
 from tunewright.models.announce import stretch
 
 _BESIDE = 128 << 20
@@ -41,7 +43,7 @@ class LoraLinear(Technique):
 
     @contextmanager
     def on(self, work: Work) -> Iterator[None]:
-        """The layers' frozen weights lie in their group's matrix meanwhile."""
+        """The frozen weights of layers with one input lie in their group's matrix meanwhile."""
         _amx_products.prepare()  # built where it can be
         groups = list(_copied(_together(work)))
         known: list[object] = [None]
@@ -63,9 +65,9 @@ class LoraLinear(Technique):
 
 def _copied(together: list[list[Any]]) -> Iterator["_Group"]:
     """Groups, which hold copies of weights; the weights' file is not kept beside all of them."""
-    copied = 0
+    copied, files = 0, [] if hollow.is_on() else mapped_files()
     for layers in together:
-        group = _Group(layers)
+        group = _Group(layers, files)
         copied += group.joint_NK.nbytes
         yield group
         if copied >= _BESIDE:
@@ -135,8 +137,8 @@ def _refresh(groups: list["_Group"]) -> None:
 class _Group:
     """Layers of one input; the first one called computes for all."""
 
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[Any], files: list[range]) -> None:
+        self.layers, self._files = layers, files
         self.names = names = [layer.active_adapters[0] for layer in layers]
         self.apart = False
         self.downs = [layer.lora_A[name].weight for layer, name in zip(layers, names, strict=True)]
@@ -154,22 +156,28 @@ class _Group:
             layer.forward = self._member(place)
 
     def _join(self) -> None:
-        """All frozen weights side by side in one matrix [N, inputs + R]; the layers' own are views of it."""
-        rank = sum(len(down) for down in self.downs)
-        first = self.layers[0].base_layer.weight
-        self.joint_NK = torch.empty(
-            sum(self.sizes), self.inputs + rank, dtype=first.dtype, device=first.device
-        )
-        self.joint_NK[:, self.inputs :] = 0
-        row, column = 0, self.inputs
+        """All frozen weights, and B times its scale, side by side in one matrix [N, inputs + R]; the layers' own are views
+        of it. Of a layer alone it has the latter only.
+        """
+        rank, first = sum(len(down) for down in self.downs), self.layers[0].base_layer.weight
+        self.is_apart = len(self.layers) == 1 and self.inputs >= sum(self.sizes)
+        columns = rank if self.is_apart else self.inputs + rank
+        self.joint_NK = torch.empty(sum(self.sizes), columns, dtype=first.dtype, device=first.device)
+        added_NR = self.joint_NK[:, columns - rank :]
+        added_NR[:] = 0
+        row = column = 0
         self._slots: list[Tensor] = []
         self._rows: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
         for layer, up in zip(self.layers, self.ups, strict=True):
-            own = self.joint_NK[row : row + len(up)]
-            own[:, : self.inputs] = layer.base_layer.weight.data
-            layer.base_layer.weight.data = own[:, : self.inputs]
-            self._slots.append(own[:, column : column + up.shape[1]])
-            self._rows.append(own[:, : self.inputs])
+            own, weight = slice(row, row + len(up)), layer.base_layer.weight
+            self._slots.append(added_NR[own, column : column + up.shape[1]])
+            stays = self.is_apart or any(weight.data_ptr() in file for file in self._files)
+            self._kept.append(weight.data if stays else None)
+            if not self.is_apart:
+                self.joint_NK[own, : self.inputs] = weight.data
+                weight.data = self.joint_NK[own, : self.inputs]
+            self._rows.append(weight.data)
             row, column = row + len(up), column + up.shape[1]
         self._squares = [
             None if magnitude is None else _exact(weight).square().sum(1)
@@ -215,7 +223,10 @@ class _Group:
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         x_MI = x.reshape(-1, self.inputs)
-        y_MN = _lora(x_MI, self.joint_NK, torch.cat(self.downs), self.ups, self.scales)[0]
+        weight_NK, added_NR = self.joint_NK, self.joint_NK.new_empty(0)
+        if self.is_apart:
+            weight_NK, added_NR = self.layers[0].base_layer.weight, self.joint_NK
+        y_MN = _lora(x_MI, weight_NK, added_NR, torch.cat(self.downs), self.ups, self.scales)[0]
         parts = y_MN.view(*x.shape[:-1], -1).split(self.sizes, -1)
         return [self._finished(place, y) for place, y in enumerate(parts)]
 
@@ -226,12 +237,13 @@ class _Group:
         return y if bias is None else y + bias
 
     def dissolve(self) -> None:
-        """Every layer has its own weights and forward again."""
-        for layer in self.layers:
+        """Every layer has its own weights and forward again; those of a file are its pages, which are read when needed."""
+        for layer, kept in zip(self.layers, self._kept, strict=True):
             del layer.forward
-            own = layer.base_layer.weight.data
-            layer.base_layer.weight.data = own.clone(memory_format=torch.contiguous_format)
-        del self.joint_NK, self._slots, self._rows  # the next group's weights may lie there
+            weight = layer.base_layer.weight
+            is_changed = kept is None or layer.merged
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format) if is_changed else kept
+        del self.joint_NK, self._slots, self._rows, self._kept  # the next group's weights may lie there
 
 
 def _magnitude(layer: Any, name: str) -> Tensor | None:
@@ -247,37 +259,47 @@ def _exact(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("tunewright::lora", mutates_args=())
 def _lora(
-    x_MI: Tensor, joint_NK: Tensor, down_RI: Tensor, ups: list[Tensor], scales: list[float]
+    x_MI: Tensor, weight_NK: Tensor, added_NR: Tensor, down_RI: Tensor, ups: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
-    """Y [M, N] and xA [M, R]."""
+    """Y [M, N] and xA [M, R]; ``weight_NK`` is [W | sB], or W alone beside ``added_NR``, sB."""
     inputs = x_MI.shape[1]
-    if inputs >= len(joint_NK):  # a pass over y costs less than one over x
+    if inputs >= len(weight_NK):  # a pass over y costs less than one over x
+        weight_NI, added_NR = _parts(weight_NK, added_NR, inputs)
         inner_MR = x_MI @ down_RI.t()
-        y_MN = x_MI @ joint_NK[:, :inputs].t()
-        return [y_MN.addmm_(inner_MR, joint_NK[:, inputs:].t()), inner_MR]
-    both_MK = x_MI.new_empty(len(x_MI), joint_NK.shape[1])
+        y_MN = x_MI @ weight_NI.t()
+        return [y_MN.addmm_(inner_MR, added_NR.t()), inner_MR]
+    both_MK = x_MI.new_empty(len(x_MI), weight_NK.shape[1])
     both_MK[:, :inputs] = x_MI
     inner_MR = x_MI @ down_RI.t()
     both_MK[:, inputs:] = inner_MR
-    return [both_MK @ joint_NK.t(), inner_MR]
+    return [both_MK @ weight_NK.t(), inner_MR]
+
+
+def _parts(weight_NK: Tensor, added_NR: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+    """W [N, inputs] and sB [N, R]."""
+    if weight_NK.shape[1] == inputs:
+        return weight_NK, added_NR
+    return weight_NK[:, :inputs], weight_NK[:, inputs:]
 
 
 @_lora.register_fake
-def _(x: Tensor, joint: Tensor, down: Tensor, ups: list[Tensor], scales: list[float]) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], joint.shape[0]), x.new_empty(x.shape[0], down.shape[0])]
+def _(
+    x: Tensor, weight: Tensor, added: Tensor, down: Tensor, ups: list[Tensor], scales: list[float]
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], down.shape[0])]
 
 
 @torch.library.custom_op("tunewright::lora_backward", mutates_args=())
 def _backward(
-    grad_MN: Tensor, x_MI: Tensor, inner_MR: Tensor, joint_NK: Tensor, down_RI: Tensor, sizes: list[int],
-    ranks: list[int], scales: list[float], for_input: bool,
+    grad_MN: Tensor, x_MI: Tensor, inner_MR: Tensor, weight_NK: Tensor, added_NR: Tensor, down_RI: Tensor,
+    sizes: list[int], ranks: list[int], scales: list[float], for_input: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x (an empty tensor if it needs none), of all A as one matrix, and of every B."""
-    inputs = x_MI.shape[1]
-    for_inner_MR = grad_MN @ joint_NK[:, inputs:]
+    weight_NI, added_NR = _parts(weight_NK, added_NR, x_MI.shape[1])
+    for_inner_MR = grad_MN @ added_NR
     for_x_MI = x_MI.new_empty(0)
     if for_input:
-        for_x_MI = (grad_MN @ joint_NK[:, :inputs]).addmm_(for_inner_MR, down_RI)
+        for_x_MI = (grad_MN @ weight_NI).addmm_(for_inner_MR, down_RI)
     grads, inners = torch.split(grad_MN, sizes, 1), torch.split(inner_MR, ranks, 1)
     multiply = _amx_products.multiply
     ups = [
@@ -289,16 +311,16 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, inner: Tensor, joint: Tensor, down: Tensor, sizes: list[int], ranks: list[int],
-    scales: list[float], for_input: bool,
+    grad: Tensor, x: Tensor, inner: Tensor, weight: Tensor, added: Tensor, down: Tensor, sizes: list[int],
+    ranks: list[int], scales: list[float], for_input: bool,
 ) -> list[Tensor]:  # fmt: skip
     ups = [grad.new_empty(size, rank) for size, rank in zip(sizes, ranks, strict=True)]
     return [x.new_empty(x.shape if for_input else (0,)), down.new_empty(down.shape), *ups]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x_MI, joint_NK, down_RI, ups, ctx.scales = inputs
-    ctx.save_for_backward(x_MI, output[1], joint_NK, down_RI)
+    x_MI, weight_NK, added_NR, down_RI, ups, ctx.scales = inputs
+    ctx.save_for_backward(x_MI, output[1], weight_NK, added_NR, down_RI)
     ctx.sizes, ctx.ranks = [len(up) for up in ups], [up.shape[1] for up in ups]
 
 
@@ -307,7 +329,7 @@ def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     for_x, for_down, *for_ups = _backward(
         grads[0], *ctx.saved_tensors, ctx.sizes, ctx.ranks, ctx.scales, for_input
     )
-    return for_x if for_input else None, None, for_down, for_ups, None
+    return for_x if for_input else None, None, None, for_down, for_ups, None
 
 
 _lora.register_autograd(_differentiate, setup_context=_keep)

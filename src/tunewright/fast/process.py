@@ -24,6 +24,7 @@ _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
 _GIVE_BACK = {_MMAP_MAX: 65536, _TRIM_THRESHOLD: 32 << 20, _TOP_PAD: 128 << 10, _MMAP_THRESHOLD: 32 << 20}
 _MADV_DONTNEED = 4
 _TOLD_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+_MAPS, _WEIGHTS = Path("/proc/self/maps"), ".safetensors"
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -79,6 +80,14 @@ def huge_pages() -> str:
     return ""
 
 
+def mapped_files() -> list[range]:
+    """Addresses of files of weights: what lies there is read from its file when it is needed."""
+    if not _MAPS.exists():
+        return []
+    lines = [line.split() for line in _MAPS.read_text().splitlines() if line.endswith(_WEIGHTS)]
+    return [range(*(int(part, 16) for part in line[0].split("-"))) for line in lines]
+
+
 def let_go_of_files() -> None:
     """Weights that are mapped from a file and were copied elsewhere no longer count as this process's memory.
 
@@ -91,7 +100,7 @@ def let_go_of_files() -> None:
     for line in Path("/proc/self/smaps").read_text().splitlines():
         bounds, _, rest = line.partition(" ")
         if "-" in bounds:
-            ours = rest.endswith(".safetensors")
+            ours = rest.endswith(_WEIGHTS)
             first, last = (int(part, 16) for part in bounds.split("-")) if ours else (0, 0)
         elif last and bounds == "Anonymous:" and rest.split()[0] == "0":
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
