@@ -160,8 +160,8 @@ class _Group:
         of it. Of a layer alone it has the latter only.
         """
         rank, first = sum(len(down) for down in self.downs), self.layers[0].base_layer.weight
-        self.is_apart = len(self.layers) == 1 and self.inputs >= sum(self.sizes)
-        columns = rank if self.is_apart else self.inputs + rank
+        self.is_alone = len(self.layers) == 1 and self.inputs >= sum(self.sizes)
+        columns = rank if self.is_alone else self.inputs + rank
         self.joint_NK = torch.empty(sum(self.sizes), columns, dtype=first.dtype, device=first.device)
         added_NR = self.joint_NK[:, columns - rank :]
         added_NR[:] = 0
@@ -172,9 +172,9 @@ class _Group:
         for layer, up in zip(self.layers, self.ups, strict=True):
             own, weight = slice(row, row + len(up)), layer.base_layer.weight
             self._slots.append(added_NR[own, column : column + up.shape[1]])
-            stays = self.is_apart or any(weight.data_ptr() in file for file in self._files)
+            stays = self.is_alone or any(weight.data_ptr() in file for file in self._files)
             self._kept.append(weight.data if stays else None)
-            if not self.is_apart:
+            if not self.is_alone:
                 self.joint_NK[own, : self.inputs] = weight.data
                 weight.data = self.joint_NK[own, : self.inputs]
             self._rows.append(weight.data)
@@ -224,7 +224,7 @@ class _Group:
     def _compute(self, x: Tensor) -> list[Tensor]:
         x_MI = x.reshape(-1, self.inputs)
         weight_NK, added_NR = self.joint_NK, self.joint_NK.new_empty(0)
-        if self.is_apart:
+        if self.is_alone:
             weight_NK, added_NR = self.layers[0].base_layer.weight, self.joint_NK
         y_MN = _lora(x_MI, weight_NK, added_NR, torch.cat(self.downs), self.ups, self.scales)[0]
         parts = y_MN.view(*x.shape[:-1], -1).split(self.sizes, -1)
