@@ -98,7 +98,7 @@ class Lab:
                 "objective": {"name": objective, "teacher": f"model:{self.model}", "top": 8},
             }
         if issubclass(kind(objective), Policy):
-            (self.folder / "worth.py").write_text(_WORTH)
+            put(self.folder / "worth.py", _WORTH)
             reward = f"{self.folder / 'worth.py'}:worth"
             choices = {**choices, "objective": {"name": objective, "rewards": [reward], **_DRAWN}}
         tree = {"model": str(self.model), "method": {"name": "lora", "dropout": 0.1}, "precision": "fp32",
@@ -106,14 +106,14 @@ class Lab:
                 "data": {"train": str(self.data(objective)), "valid_share": 0.1, **choices.get("data", {})},
                 "train": {**train, **choices.get("train", {})}}  # fmt: skip
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree))
+        put(path, yaml.safe_dump(tree))
         return path
 
     def data(self, objective: str) -> Path:
         """Forty rows that the objective can learn from."""
         wants = kind(objective).wants
         path = self.folder / f"{wants}.jsonl"
-        path.write_text("".join(json.dumps(_ROWS[wants](n)) + "\n" for n in range(40)))
+        put(path, "".join(json.dumps(_ROWS[wants](n)) + "\n" for n in range(40)))
         return path
 
     def trainer(self, name: str, *readers: Reader, **choices: Any) -> Trainer:
@@ -158,6 +158,13 @@ class Lab:
         if process.is_alive():
             os.kill(process.pid or 0, number)
         return ended(process)
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file whole: a run that is under way may be reading the one before."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def ended(process: BaseProcess) -> int:
