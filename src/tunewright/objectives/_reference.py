@@ -48,7 +48,7 @@ class Referred(TwoAnswers):
             return found.first_B.detach(), found.second_B.detach()
         known = [self._said.get(int(number)) for number in batch[NUMBER]]
         if strangers := known.count(None):
-            what = f"the model before training was never asked about {strangers} rows: they are new, or more steps are"
+            what = f"the model before training was never asked about {strangers} rows: they are new, or of more steps than it began with"
             raise DataError(Problem("data", what, "begin again with --fresh"))
         both_B2 = found.first_B.new_tensor([said for said in known if said])
         return both_B2[:, 0], both_B2[:, 1]
