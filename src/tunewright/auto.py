@@ -9,11 +9,10 @@ from typing import Any
 from tunewright import advise, jobs, recipes
 from tunewright.core import store
 from tunewright.core.errors import RecipeError, UserError
-from tunewright.recipes import Auto
+from tunewright.recipes import EARLIER, Auto
 from tunewright.recipes.reading import read_file
 
 Tree = dict[str, Any]
-_STAGE = "stage:"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Advisor:
         if known:
             return known
         # a stage that goes on from an earlier one has that one's shape, and cannot be tried before there is one
-        goes_on = str(stage.get("model", "")).startswith(_STAGE)
+        goes_on = str(stage.get("model", "")).startswith(EARLIER)
         base = {**stage, "model": stages[0].get("model")} if goes_on else stage
         if found := [*jobs.output_problems(output), *jobs.look([base])]:  # before anything is tried
             raise UserError(found)

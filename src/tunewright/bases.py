@@ -17,10 +17,7 @@ from tunewright.models.load import (
     load_tokenizer,
     outline,
 )
-from tunewright.recipes import Stage
-
-EARLIER = "stage:"
-"""Before the name of a stage whose result is started from."""
+from tunewright.recipes import EARLIER, Stage
 
 
 class Before(Protocol):

@@ -14,7 +14,7 @@ from tunewright.data.rows import Row
 from tunewright.data.template import ChatCodec
 from tunewright.evaluate.harness import Examination, spread
 from tunewright.objectives import _rewards as rewards
-from tunewright.recipes import EVAL, DataConfig, Eval, EvaluateConfig, Recipe, Stage, plugin_config
+from tunewright.recipes import EARLIER, EVAL, DataConfig, Eval, EvaluateConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import DataFiles
 from tunewright.serve import speaker as speakers
 from tunewright.serve.speaker import Speaker
@@ -22,7 +22,6 @@ from tunewright.serve.speaker import Speaker
 Tree = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 """Model, questions answered, questions in all."""
-_STAGE = "stage:"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Comparison:
     @property
     def needs(self) -> list[str]:
         """Stages that are among the models."""
-        return [model.removeprefix(_STAGE) for model in self.models if model.startswith(_STAGE)]
+        return [model.removeprefix(EARLIER) for model in self.models if model.startswith(EARLIER)]
 
     @cached_property
     def inputs(self) -> Tree:
@@ -98,8 +97,8 @@ class Comparison:
         }  # fmt: skip
 
     def _sha256(self, model: str) -> str:
-        if model.startswith(_STAGE):
-            return self.jobs[model.removeprefix(_STAGE)].sha256()
+        if model.startswith(EARLIER):
+            return self.jobs[model.removeprefix(EARLIER)].sha256()
         return speakers.fingerprint(model, self.config.trust_remote_code)
 
     def make(self, run: Path, progress: Progress) -> Tree:
@@ -128,7 +127,7 @@ class Comparison:
 
     @staticmethod
     def _place(run: Path, model: str) -> str:
-        stage = model.removeprefix(_STAGE)
+        stage = model.removeprefix(EARLIER)
         return model if stage == model else str(run / "stages" / stage)
 
 
@@ -140,7 +139,7 @@ def of(recipe: Recipe, jobs: Mapping[str, Made]) -> Comparison | None:
 def _models(recipe: Recipe, config: Eval) -> list[str]:
     if config.models:
         return list(dict.fromkeys(config.models))
-    return [recipe.stages[0].model, *(f"{_STAGE}{stage.name}" for stage in recipe.stages if _answers(stage))]
+    return [recipe.stages[0].model, *(f"{EARLIER}{stage.name}" for stage in recipe.stages if _answers(stage))]
 
 
 def _answers(stage: Stage) -> bool:
@@ -158,7 +157,7 @@ def problems(recipe: Recipe, codecs: Mapping[str, ChatCodec]) -> Iterator[Proble
     converse = not bad and Questions(config.data, config.evaluate).are_conversations()
     for place, model in enumerate(_models(recipe, config)):
         at = f"{EVAL}.models.{place}" if config.models else EVAL
-        stage = stages.get(model.removeprefix(_STAGE)) if model.startswith(_STAGE) else None
+        stage = stages.get(model.removeprefix(EARLIER)) if model.startswith(EARLIER) else None
         if stage and not _answers(stage):
             what = f"stage {stage.name!r} learns {stage.objective['name']} and does not answer"
             yield Problem(at, what, "leave it out; its own scores tell how good it is")

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tunewright import comparison, methods, objectives, optimizers, regularizers
-from tunewright.bases import EARLIER, base
+from tunewright.bases import base
 from tunewright.core import machine, store
 from tunewright.core.errors import ModelError, Problem, UserError, nearest
 from tunewright.core.paths import folder_to_make
@@ -19,7 +19,7 @@ from tunewright.data.template import ChatCodec
 from tunewright.data.tokens import Mixture
 from tunewright.models.load import ModelSource, find, fingerprint
 from tunewright.objectives import _rewards as rewards
-from tunewright.recipes import DataConfig, Recipe, Stage, plugin_config
+from tunewright.recipes import EARLIER, DataConfig, Recipe, Stage, plugin_config
 from tunewright.recipes.schema import as_data
 from tunewright.regularizers import Regularizer
 from tunewright.serve import speaker

@@ -8,6 +8,7 @@ from typing import Any
 from tunewright import jobs
 from tunewright.core import events, machine, store
 from tunewright.core.errors import DamagedError
+from tunewright.core.rng import sow
 from tunewright.core.units import peak_memory_bytes
 from tunewright.data.prepare import statistics
 from tunewright.evaluate import card
@@ -70,8 +71,6 @@ class StageRun:
             return self._run(resumed)
 
     def _run(self, resumed: Callable[[], None]) -> Tree:
-        from tunewright.core.rng import sow
-
         stage = self.job.stage
         sow(stage.train.seed, "init")
         model = self.job.method.load_base(self.job.source, stage.precision)

@@ -3,6 +3,7 @@
 from tunewright.recipes.load import EVAL, load, plugin_config, schema_json, stage_trees, to_yaml
 from tunewright.recipes.schema import (
     AUTO,
+    EARLIER,
     Advised,
     Auto,
     DataConfig,
@@ -14,6 +15,6 @@ from tunewright.recipes.schema import (
 )
 
 __all__ = [
-    "AUTO", "EVAL", "Advised", "Auto", "DataConfig", "Eval", "EvaluateConfig", "Recipe", "Stage", "TrainConfig",
+    "AUTO", "EARLIER", "EVAL", "Advised", "Auto", "DataConfig", "Eval", "EvaluateConfig", "Recipe", "Stage", "TrainConfig",
     "load", "plugin_config", "schema_json", "stage_trees", "to_yaml",
 ]  # fmt: skip

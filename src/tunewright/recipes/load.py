@@ -11,7 +11,7 @@ from tunewright.core import plugins
 from tunewright.core.config import Config, problems
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.recipes import reading
-from tunewright.recipes.schema import AUTO, CHOSEN, Auto, Eval, Recipe, Stage, as_choice, as_list
+from tunewright.recipes.schema import AUTO, CHOSEN, EARLIER, Auto, Eval, Recipe, Stage, as_choice, as_list
 
 Tree = dict[str, Any]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -128,9 +128,10 @@ def _eval(tree: Tree, names: list[str], wrong: set[Any], found: list[Problem]) -
             Problem(f"{EVAL}.data", "there are no held-out files", "name some here or as data.valid")
         )
     for place, model in enumerate(last.models):
-        if model.startswith("stage:") and model[6:] not in {*names, *wrong}:
-            fix = nearest(model[6:], names)
-            found.append(Problem(f"{EVAL}.models.{place}", f"there is no stage {model[6:]!r}", fix))
+        name = model.removeprefix(EARLIER)
+        if name != model and name not in {*names, *wrong}:
+            fix = nearest(name, names)
+            found.append(Problem(f"{EVAL}.models.{place}", f"there is no stage {name!r}", fix))
     return last
 
 
@@ -302,9 +303,10 @@ def _check_names(stages: list[Stage], wrong: set[Any], found: list[Problem]) -> 
             )
         if stage.name in seen:
             found.append(Problem("stages", f"two stages are called {stage.name!r}", "give each a `name`"))
-        if stage.model.startswith("stage:") and stage.model[6:] not in {*seen, *wrong}:
+        name = stage.model.removeprefix(EARLIER)
+        if name != stage.model and name not in {*seen, *wrong}:
             what = f"stage {stage.name!r} starts from {stage.model!r}, which is not an earlier stage"
-            found.append(Problem("model", what, nearest(stage.model[6:], seen) if seen else ""))
+            found.append(Problem("model", what, nearest(name, seen) if seen else ""))
         seen.append(stage.name)
 
 

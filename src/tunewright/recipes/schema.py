@@ -142,6 +142,8 @@ class Advised(Config):
     """SHA-256 of the stage as it was written, with ``method: auto``: while it is the same, the answer is."""
 
 
+EARLIER = "stage:"
+"""Before the name of a stage, where a model is asked for: its result."""
 AUTO = "auto"
 """The method that asks the advisor for one."""
 
