@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,38 @@ class Work:
     found: dict[str, bool] = field(default_factory=dict, compare=False)
     """What was found out by passes of the model, so that no technique makes them again."""
 
+    @cached_property
+    def plainly(self) -> "Plain":
+        """Two short rows before any technique is on."""
+        made = list[Plain]()
+        look(self, lambda batch: made.append(Plain.of(self.model, batch)), rows=2)
+        return made[0]
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What the model makes of a few tokens the plain way, by one pass that other ways are compared with."""
+
+    batch: Batch
+    looked: likelihood.Looked
+    close: float
+
+    @classmethod
+    def of(cls, model: Any, batch: Batch) -> "Plain":
+        """Of few of its labels; the model has an output layer."""
+        few = likelihood.thinned(batch)
+        close = 1e-4 if model.dtype == torch.float32 else 5e-2
+        return cls(few, likelihood.looked_through(model, few), close)
+
+    def agrees(self, losses_N: Tensor) -> bool:
+        """Whether another way's losses are these, but for rounding."""
+        return torch.allclose(losses_N, self.looked.losses_N, rtol=self.close, atol=self.close)
 
 
 class Technique(ABC):
@@ -150,13 +178,20 @@ def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int
     Nothing is learned or random in it.
     """
     batch = _shortest(next(work.batches()), rows)
-    training = work.model.training
-    work.model.eval()
+    with quietly(work.model, batch):
+        compute(batch) if compute else _through(work.model, batch)
+
+
+@contextmanager
+def quietly(model: Any, batch: Batch) -> Iterator[None]:
+    """Passes of this batch within learn nothing, and draw nothing."""
+    training = model.training
+    model.eval()
     try:
-        with torch.no_grad(), announced(work.model, batch):
-            compute(batch) if compute else _through(work.model, batch)
+        with torch.no_grad(), announced(model, batch):
+            yield
     finally:
-        work.model.train(training)
+        model.train(training)
 
 
 def _through(model: Any, batch: Batch) -> None:
@@ -166,19 +201,15 @@ def _through(model: Any, batch: Batch) -> None:
         likelihood.hidden_states(model, batch)
 
 
-def agrees(work: Work, compare: Callable[[Batch], bool], rows: int = 1) -> bool:
-    """Whether ``compare`` finds what it compares alike, by a look."""
-    found: list[bool] = []
-    look(work, lambda batch: found.append(compare(batch)), rows)
-    return all(found)
-
-
 def _shortest(batch: Batch, rows: int) -> Batch:
-    """So many of its rows, without what pads them only beside longer ones, or comes long after their first labels."""
+    """So many of its rows, a single one repeated, without what pads them only beside longer ones, or comes long after
+    their first labels.
+    """
     if LENGTH not in batch:
         return {name: tensor[:rows] for name, tensor in batch.items()}
     shape = batch["input_ids"].shape
-    chosen = batch[LENGTH].argsort(stable=True)[:rows].sort().values
+    order = batch[LENGTH].argsort(stable=True)
+    chosen = (order.repeat(rows) if len(order) == 1 else order)[:rows].sort().values
     longest = min(int(batch[LENGTH][chosen].max()), _enough(batch["labels"][chosen]))
 
     def cut(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _native
+from tunewright.fast import Technique, Work, _native, _probes
 from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.checkpointing import PRODUCTS, again, kept
 from tunewright.models import anatomy, hollow
@@ -156,12 +156,18 @@ def _compiled(block: Any, way: _Way) -> Callable[..., Any]:
             with kept(PRODUCTS if way is _PRODUCTS_KEPT else _operations(way.kept)):
                 return again(plain, *args, **kwargs)
         if not made:
-            options = {"joint_custom_pre_pass": _keeping(way.kept)} if way.kept else None
-            made.append(torch.compile(plain, dynamic=True, options=options))
+            made.append(torch.compile(plain, dynamic=True, options=_options(way)))
         with torch._functorch.config.patch(way.partition), torch._dynamo.config.patch(_TRACED):
             return made[0](*args, **kwargs)
 
     return call
+
+
+def _options(way: _Way) -> dict[str, Any]:
+    """For torch's compiler. Headers compiled beforehand save nothing of one block, and are looked through at every start."""
+    _probes.keep()
+    keeping = {"joint_custom_pre_pass": _keeping(way.kept)} if way.kept else {}
+    return {"cpp_cache_precompile_headers": False, **keeping}
 
 
 @cache  # another one would be another compiler to torch, and each block compiled for itself

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
-from tunewright.fast import Batch, Technique, Work, agrees
+from tunewright.fast import Batch, Technique, Work, quietly
 from tunewright.fast.attention import Attention, base_model
-from tunewright.models import likelihood
+from tunewright.models import anatomy, likelihood
 from tunewright.models.announce import ROUTER
 
 _TO_A_DOUBLING, _LEAST_STEP = 8, 16
@@ -38,6 +38,8 @@ class Packing(Technique):
         """Every token must be treated alike, but for its sample and its place in it."""
         if reason := Attention().why_not(work):
             return reason
+        if anatomy.output_head(work.model) is None:
+            return "the model has no output layer"
         if getattr(work.model, ROUTER, None) is not None:
             return "adapters are chosen for each sample"
         if _NAME not in work.found:
@@ -98,20 +100,12 @@ def in_one_row(batch: Batch, owners: Sequence[int] = (), counts: Sequence[int] =
 
 def _agrees(work: Work) -> bool:
     """Whether two samples in one row have the losses that they have side by side."""
-
-    def compare(batch: Batch) -> bool:
-        if LENGTH not in batch:
-            return False
-        alone = len(batch["input_ids"]) == 1
-        few = likelihood.thinned({name: torch.cat([x, x]) if alone else x for name, x in batch.items()})
-        expected = likelihood.sampled(work.model, few)
-        close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
-        with Attention().on(work):
-            own = likelihood.sampled(work.model, in_one_row(few))
-        return torch.allclose(own, expected, rtol=close, atol=close)
-
+    plain = work.plainly
+    if LENGTH not in plain.batch:
+        return False
     try:
-        return agrees(work, compare, rows=2)
+        with quietly(work.model, plain.batch), Attention().on(work):
+            return plain.agrees(likelihood.looked_through(work.model, in_one_row(plain.batch)).losses_N)
     except (
         TypeError,
         ValueError,

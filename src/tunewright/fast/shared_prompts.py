@@ -6,12 +6,11 @@ from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 import numpy as np
-import torch
 
 from tunewright.core.errors import ModelError
 from tunewright.core.words import Words
 from tunewright.data.tokens import LENGTH
-from tunewright.fast import Batch, Technique, Work, agrees
+from tunewright.fast import Batch, Plain, Technique, Work, look
 from tunewright.fast._lower_blocks import frozen
 from tunewright.fast.attention import Attention, base_model
 from tunewright.fast.packing import Packing, in_one_row, reach
@@ -122,22 +121,21 @@ def _saved(alike: list[int], free: list[int], already: int) -> int:
 
 def _agrees(work: Work) -> bool:
     """Whether two samples that begin alike have the losses that they have side by side."""
+    found = list[bool]()
 
-    def compare(batch: Batch) -> bool:
+    def compare(batch: Batch) -> None:
         both = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in batch.items()}
         begun = int(batch[LENGTH][0]) // 2
         both["labels"] = both["labels"].clone()
         both["labels"][:, :begun] = likelihood.IGNORED
         both["labels"][:, begun] = 0
-        few = likelihood.thinned(both)
-        row = in_one_row(few, [0, 0], [0, begun])
-        expected = likelihood.sampled(work.model, few)
+        plain = Plain.of(work.model, both)
+        row = in_one_row(plain.batch, [0, 0], [0, begun])
         with Attention().on(work):
-            own = likelihood.sampled(work.model, row)
-        close = 1e-4 if work.model.dtype == torch.float32 else 5e-2
-        return torch.allclose(own, expected, rtol=close, atol=close)
+            found.append(plain.agrees(likelihood.looked_through(work.model, row).losses_N))
 
     try:
-        return agrees(work, compare)
+        look(work, compare)
     except (TypeError, ValueError, ModelError):  # as of samples in one row
         return False
+    return all(found)

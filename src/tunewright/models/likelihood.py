@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ Losses = Callable[[Any, Batch], Tensor]
 Layout = Callable[[Any, Batch], Batch]
 _FEW = 128
 """Labels that two ways are compared at: logits of whole rows may take more than training does."""
+_LARGE = 1000.0
+"""Logits as large as no output layer makes them: what caps logits shows at these."""
 _AT_ONCE, _LOGITS = 128, 1 << 23
 """Rows of logits that are made together where none is kept, and logits in them."""
 _WAY, _LAYOUT, _ENDS = "tunewright_losses", "tunewright_layout", "tunewright_head_ends"
@@ -73,19 +76,41 @@ def _ends_with_head(model: Any, batch: Batch) -> bool:
 
 def comes_last(model: Any, batch: Batch) -> bool:
     """Whether the model gives what its output layer gives; what it does to small logits may not show."""
-    return anatomy.output_head(model) is not None and looked_through(model, batch)[1]
+    return anatomy.output_head(model) is not None and looked_through(model, thinned(batch, 1)).ends_with_head
 
 
-def looked_through(model: Any, batch: Batch) -> tuple[Tensor, bool]:
-    """Both :func:`hidden_states` and :func:`comes_last`, by one pass of a model with an output layer."""
-    seen, given_11V = list[Tensor](), torch.tensor([[[-1000.0, -0.5, 0.0, 0.5, 1000.0]]])
+@dataclass(frozen=True)
+class Looked:
+    """What one pass of a model with an output layer shows."""
+
+    states_BTD: Tensor
+    """:func:`hidden_states`."""
+    losses_N: Tensor
+    """As :func:`plain`."""
+    ends_with_head: bool
+    """Whether logits are left as the output layer makes them, these and large ones."""
+
+
+def looked_through(model: Any, batch: Batch) -> Looked:
+    """Logits are made only where a label is: for few labels, as :func:`thinned` leaves them."""
+    head: Any = anatomy.output_head(model)
+    kept_BT, make = batch["labels"] != IGNORED, head.forward
+    seen = list[Tensor]()
 
     def take(states_BTD: Tensor) -> Tensor:
-        seen.append(states_BTD)
-        return given_11V.to(states_BTD)
+        states_BTD = _own(states_BTD, batch)
+        logits_NV = make(states_BTD[kept_BT])
+        large_V = torch.linspace(-_LARGE, _LARGE, logits_NV.shape[1]).to(logits_NV)
+        seen.extend((states_BTD, torch.cat([logits_NV, large_V[None]])))
+        own_M1V = seen[1][
+            :, None
+        ].clone()  # a row each: a method may cut what comes before a row's own tokens
+        return own_M1V
 
-    logits_11V = computed(model, take, batch).logits
-    return _own(seen, batch), torch.equal(logits_11V.float().cpu(), given_11V)
+    after_MV = computed(model, take, batch).logits[:, 0]
+    states_BTD, before_MV = seen
+    losses_N = F.cross_entropy(after_MV[:-1].float(), batch["labels"][kept_BT], reduction="none")
+    return Looked(states_BTD, losses_N, torch.equal(after_MV, before_MV.to(after_MV)))
 
 
 def is_plain(model: Any) -> bool:
@@ -98,22 +123,6 @@ def plain(model: Any, batch: Batch) -> Tensor:
     logits_BTV = model(**given(batch), use_cache=False).logits
     kept = batch["labels"] != IGNORED
     return F.cross_entropy(logits_BTV[kept].float(), batch["labels"][kept], reduction="none")
-
-
-def sampled(model: Any, batch: Batch) -> Tensor:
-    """As :func:`plain`, with logits only where a label is: for few labels, as :func:`thinned` leaves them."""
-    head = anatomy.output_head(model)
-    if head is None:
-        return plain(model, batch)
-    kept, make = batch["labels"] != IGNORED, head.forward
-
-    def at_labels(states_BTD: Tensor) -> Tensor:
-        own_BTD = states_BTD[:, -kept.shape[1] :]  # a method may put prompts of its own before them
-        logits_1NV: Tensor = make(own_BTD[kept][None])
-        return logits_1NV
-
-    logits_NV = computed(model, at_labels, batch).logits[0]
-    return F.cross_entropy(logits_NV.float(), batch["labels"][kept], reduction="none")
 
 
 def in_parts(model: Any, batch: Batch) -> Tensor:
@@ -138,11 +147,11 @@ def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return own_NV.exp_().sum(1).log() - chosen_N
 
 
-def thinned(batch: Batch) -> Batch:
-    """The batch with few of its labels, from its first row to its last."""
+def thinned(batch: Batch, few: int = _FEW) -> Batch:
+    """The batch with no more than so many of its labels, from its first row to its last."""
     labels_BT = batch["labels"].clone()
     learned = (labels_BT != IGNORED).flatten().nonzero()[:, 0]
-    every = max(1, -(-len(learned) // _FEW))
+    every = max(1, -(-len(learned) // few))
     left_out = torch.arange(len(learned), device=learned.device) % every != 0
     labels_BT.view(-1)[learned[left_out]] = IGNORED
     return {**batch, "labels": labels_BT}
@@ -162,12 +171,12 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         return states_BTD.new_zeros(1, 1, 1)
 
     computed(model, take, batch)
-    return _own(seen, batch)
+    return _own(seen[0], batch)
 
 
-def _own(seen: list[Tensor], batch: Batch) -> Tensor:
+def _own(states_BTD: Tensor, batch: Batch) -> Tensor:
     """Of the batch's tokens; a method may put prompts of its own before them."""
-    return seen[0][:, -batch["input_ids"].shape[1] :]
+    return states_BTD[:, -batch["input_ids"].shape[1] :]
 
 
 def computed(model: Any, forward: Callable[[Tensor], Tensor], batch: Batch) -> Any:
