@@ -24,6 +24,7 @@ from tunewright.optimizers import Optimizer
 from tunewright.recipes import TrainConfig
 from tunewright.regularizers import Old, Regularizer, Start
 from tunewright.train import guard
+from tunewright.train.blame import Blame, bad_weights
 from tunewright.train.feed import Feed
 from tunewright.train.lesson import Lesson
 from tunewright.train.measure import HeldOut
@@ -222,7 +223,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.model.train()
-        if bad := self._bad_weights():
+        if bad := bad_weights(self.model):
             raise DivergedError(f"the model to start from is not finite: {few(bad)}")
         if self.config.gradient_checkpointing:
             self.model.activation_checkpointing_enable(
@@ -259,9 +260,7 @@ class Trainer:
     def _step(self, indices: np.ndarray) -> None:
         """One optimizer step on one global batch, in as many forward passes as fit in memory."""
         lesson = self._lesson(indices)
-        seen = self._fitted(
-            lambda budget: self.passes.over(lesson.batches(budget), self.clock, self._scale), lesson.longest
-        )
+        seen = self._fitted(partial(self._pass, lesson), lesson.longest)
         if not math.isfinite(seen.loss):
             self._stop_at("loss", indices)
         factor = rate(self.config, self.state.step, self.steps)
@@ -277,6 +276,9 @@ class Trainer:
         self._count(lesson, seen)
         self.record.ledger.learned(self.state.step, [] if overflowed else indices)
         self._emit_step(seen, None if overflowed else norm, factor)
+
+    def _pass(self, lesson: Lesson, budget: int) -> Pass:
+        return self.passes.over(lesson.batches(budget), self.clock, self._scale)
 
     def _lesson(self, indices: np.ndarray) -> Lesson:
         """The step's samples; an objective that explores draws the model's answers to them."""
@@ -326,29 +328,12 @@ class Trainer:
             self.state.rescale(overflowed)
 
     def _stop_at(self, what: str, indices: np.ndarray) -> None:
-        """DivergedError that names the tensors at fault, else the samples."""
-        bad = self.optimizer.not_finite() or self._bad_weights()
-        gradients = [f"gradient of {name}" for name in self.optimizer.bad_gradients()]
-        samples = "" if bad else f"; samples: {self.feed.names(self._culprits(indices))}"
-        named = few(bad or gradients) or what
-        raise DivergedError(
-            f"step {self.state.step + 1}: the {what} is not finite ({named}{samples}); nothing was updated"
-        )
+        fault = Blame(self.model, self.optimizer, self.feed, self._alone).named(what, indices)
+        step = self.state.step + 1
+        raise DivergedError(f"step {step}: the {what} is not finite ({fault}); nothing was updated")
 
-    def _bad_weights(self) -> list[str]:
-        return guard.not_finite((f"weight {n}", p.detach()) for n, p in self.model.named_parameters())
-
-    def _culprits(self, indices: np.ndarray) -> np.ndarray:
-        """The samples that alone give a loss or gradient that is not finite; all of them if none does."""
-        found = []
-        for index in indices:
-            self.optimizer.drop()
-            alone = self._lesson(np.array([index])).batches(self._budget)
-            seen = self.passes.over(alone, self.clock, self._scale)
-            if not math.isfinite(seen.loss) or self.optimizer.bad_gradients():
-                found.append(index)
-        self.optimizer.drop()
-        return np.array(found) if found else indices
+    def _alone(self, indices: np.ndarray) -> Pass:
+        return self._pass(self._lesson(indices), self._budget)
 
     def _pass_over(self, indices: np.ndarray, loss: float) -> None:
         """The loss stands out: the batch is not learned from. Several in a row are the weights' fault."""
