@@ -121,10 +121,11 @@ def test_a_look_learns_nothing_and_is_announced(training: bool) -> None:
 def test_a_look_lets_the_model_compute_and_ends_with_its_error() -> None:
     model, rows = llama(), list[int]()
     model.model.register_forward_hook(lambda *given: rows.append(len(given[2][0])))
-    fast.look(work(model))
+    fast.look(work(model), partial(fast.through, model))
     assert rows == [1]
     with pytest.raises(IndexError):
-        fast.look(work(model, {"input_ids": torch.tensor([[SHAPE["vocab_size"]]])}))
+        unknown = {"input_ids": torch.tensor([[SHAPE["vocab_size"]]])}
+        fast.look(work(model, unknown), partial(fast.through, model))
     assert model.training
 
 
@@ -429,14 +430,7 @@ def test_techniques_look_at_the_shortest_rows_without_their_padding() -> None:
         "input_ids": torch.arange(24).view(4, 6), "length": torch.tensor([6, 2, 5, 3]),
         "pairs": torch.tensor([1.0, 2.0]), "labels": torch.arange(24).view(4, 6) + 100,
     }  # fmt: skip
-    seen: list[dict[str, torch.Tensor]] = []
-    model = nn.Linear(2, 2)
-    fast.look(
-        work(model, batch | {fast.LENGTH: batch.pop("length")}),
-        lambda given: seen.append(dict(given)),
-        rows=2,
-    )
-    (given,) = seen
+    given = fast.look(work(nn.Linear(2, 2), batch | {fast.LENGTH: batch.pop("length")}), dict, rows=2)
     assert given["input_ids"].tolist() == [[6, 7, 8], [18, 19, 20]]
     assert given["labels"].tolist() == [[106, 107, 108], [118, 119, 120]]
     assert given[fast.LENGTH].tolist() == [2, 3]
@@ -449,10 +443,7 @@ def test_of_long_rows_no_more_is_looked_at_than_shows_labels(first: int, kept: i
     labels = torch.full((2, 500), likelihood.IGNORED)
     labels[0, 3:], labels[1, first:] = 7, 7
     given = {"input_ids": torch.zeros(2, 500, dtype=torch.int64), "labels": labels}
-    seen: list[dict[str, torch.Tensor]] = []
     lengths = torch.tensor([500, 499])
-    look = partial(fast.look, work(nn.Linear(2, 2), given | {fast.LENGTH: lengths}), rows=2)
-    look(lambda batch: seen.append(dict(batch)))
-    (found,) = seen
+    found = fast.look(work(nn.Linear(2, 2), given | {fast.LENGTH: lengths}), dict, rows=2)
     assert found["input_ids"].shape == found["labels"].shape == (2, kept)
     assert found[fast.LENGTH].tolist() == [min(kept, 500), min(kept, 499)]

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from tunewright.models import anatomy, likelihood
 from tunewright.models.announce import announced
 
 Batch = Mapping[str, Tensor]
+Seen = TypeVar("Seen")
 _LOOKED_AT = 128
 """Tokens of a row that tell what a technique asks of a model."""
 
@@ -69,9 +70,7 @@ class Work:
     @cached_property
     def plainly(self) -> "Plain":
         """Two short rows before any technique is on."""
-        made = list[Plain]()
-        look(self, lambda batch: made.append(Plain.of(self.model, batch)), rows=2)
-        return made[0]
+        return look(self, lambda batch: Plain.of(self.model, batch), rows=2)
 
     @property
     def device(self) -> torch.device:
@@ -171,15 +170,15 @@ def using(switches: Switches, work: Work, told: Callable[[dict[str, str]], objec
         yield
 
 
-def look(work: Work, compute: Callable[[Batch], object] | None = None, rows: int = 1) -> None:
-    """Let the shortest of the first rows go through the model, or through ``compute``, for a technique that watches or
-    compares; of long ones no more than shows some labels.
+def look(work: Work, compute: Callable[[Batch], Seen], rows: int = 1) -> Seen:
+    """What ``compute`` makes of the shortest of the first rows, for a technique that watches or compares; of long ones
+    there is no more than shows some labels.
 
     Nothing is learned or random in it.
     """
     batch = _shortest(next(work.batches()), rows)
     with quietly(work.model, batch):
-        compute(batch) if compute else _through(work.model, batch)
+        return compute(batch)
 
 
 @contextmanager
@@ -194,7 +193,8 @@ def quietly(model: Any, batch: Batch) -> Iterator[None]:
         model.train(training)
 
 
-def _through(model: Any, batch: Batch) -> None:
+def through(model: Any, batch: Batch) -> None:
+    """Let them go through the model, for who watches it."""
     if anatomy.output_head(model) is None:
         model(input_ids=batch["input_ids"], use_cache=False)
     else:  # logits of a row may take more than training does

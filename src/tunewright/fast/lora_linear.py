@@ -11,13 +11,14 @@ That sum is never formed either: |w + sbA|² = |w|² + 2s·b·(Aw) + s²·b(AA�
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunewright.core.words import Words
-from tunewright.fast import Technique, Work, _amx_products, look
+from tunewright.fast import Technique, Work, _amx_products, look, through
 from tunewright.fast.attention import base_model
 from tunewright.fast.process import let_go_of_files, mapped_files
 from tunewright.models import hollow
@@ -118,7 +119,7 @@ def _together(work: Work) -> list[list[Any]]:
 
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
-        look(work)
+        look(work, partial(through, work.model))
     finally:
         for hook in hooks:
             hook.remove()

@@ -121,9 +121,8 @@ def _saved(alike: list[int], free: list[int], already: int) -> int:
 
 def _agrees(work: Work) -> bool:
     """Whether two samples that begin alike have the losses that they have side by side."""
-    found = list[bool]()
 
-    def compare(batch: Batch) -> None:
+    def compare(batch: Batch) -> bool:
         both = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in batch.items()}
         begun = int(batch[LENGTH][0]) // 2
         both["labels"] = both["labels"].clone()
@@ -132,10 +131,9 @@ def _agrees(work: Work) -> bool:
         plain = Plain.of(work.model, both)
         row = in_one_row(plain.batch, [0, 0], [0, begun])
         with Attention().on(work):
-            found.append(plain.agrees(likelihood.looked_through(work.model, row).losses_N))
+            return plain.agrees(likelihood.looked_through(work.model, row).losses_N)
 
     try:
-        look(work, compare)
+        return look(work, compare)
     except (TypeError, ValueError, ModelError):  # as of samples in one row
         return False
-    return all(found)

@@ -58,12 +58,16 @@ class Turn:
     seed: int
 
 
+OTHERS = ("stage:", "model:")
+"""How names of other models begin: an earlier stage's result, or a folder's that holds one."""
+
+
 @dataclass(frozen=True)
 class Other:
     """Another model that an objective asks."""
 
     name: str
-    """``stage:NAME`` or ``model:FOLDER``."""
+    """``stage:NAME`` or ``model:FOLDER``: it begins as one of :data:`OTHERS`."""
     place: str
     """Where the recipe names it."""
     speaks: bool = False

@@ -24,7 +24,7 @@ from tunewright.models.announce import announced
 from tunewright.models.generate import Draw, draw, text
 from tunewright.models.likelihood import IGNORED, token_losses
 from tunewright.models.memory import fitting
-from tunewright.objectives import Batch, Objective, Other, Sample, Turn, origin
+from tunewright.objectives import OTHERS, Batch, Objective, Other, Sample, Turn, origin
 from tunewright.objectives import _rewards as rewards
 from tunewright.objectives._causal import pad
 
@@ -89,7 +89,7 @@ class Policy(Objective):
 
     def others(self) -> list[Other]:
         """Of its rewards, those that are models."""
-        models = (name for name in self.config.rewards if name.startswith(rewards.JUDGES))
+        models = (name for name in self.config.rewards if name.startswith(OTHERS))
         return [Other(name, "objective.rewards") for name in models]
 
     def sizes(self, lengths_N: np.ndarray) -> np.ndarray:

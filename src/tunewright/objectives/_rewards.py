@@ -11,6 +11,7 @@ import numpy as np
 from tunewright.core import answers, store
 from tunewright.core.errors import Problem, RecipeError, nearest
 from tunewright.core.paths import given
+from tunewright.objectives import OTHERS
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ def brevity(asked: Asked, answer: str) -> float:
     return min(1.0, max(0.0, 2 - len(answer) / most))
 
 
-JUDGES = ("stage:", "model:")
-"""How names of reward models begin: an earlier stage's, or a folder's that holds one."""
 Judge = Callable[[Sequence[Asked], Sequence[str]], Sequence[float]]
 
 _NAMED: dict[str, Reward] = {f.__name__: f for f in (exact_match, contains, brevity)}
@@ -52,11 +51,11 @@ _NAMED: dict[str, Reward] = {f.__name__: f for f in (exact_match, contains, brev
 def find(names: Sequence[str], judges: bool = False) -> dict[str, Reward]:
     """The functions; RecipeError for each that there is not. ``FILE.py:FUNCTION`` is the user's own code.
 
-    ``judges`` says that names may also be those of :data:`JUDGES`, which are left out here.
+    ``judges`` says that names may also be those of reward models, which are left out here.
     """
     found, problems = dict[str, Reward](), list[Problem]()
     for name in names:
-        if judges and name.startswith(JUDGES):
+        if judges and name.startswith(OTHERS):
             continue
         try:
             found[name] = _own(name) if ".py:" in name else _NAMED[name]

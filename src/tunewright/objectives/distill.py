@@ -25,7 +25,7 @@ from tunewright.models import likelihood
 from tunewright.models.generate import Draw, draw
 from tunewright.models.likelihood import IGNORED
 from tunewright.models.memory import fitting
-from tunewright.objectives import Batch, Facts, Other, Sample, Turn, sft
+from tunewright.objectives import OTHERS, Batch, Facts, Other, Sample, Turn, sft
 from tunewright.objectives._causal import Causal
 from tunewright.objectives._divergence import ROWS, Kind, Logits, divergences, with_rest
 from tunewright.objectives._policy import answered, question
@@ -60,7 +60,7 @@ class Config(BaseConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        if not self.teacher.startswith(("stage:", "model:")):
+        if not self.teacher.startswith(OTHERS):
             raise ValueError(f"needs a teacher, stage:NAME or model:NAME, found {self.teacher!r}")
         if self.top and self.answers != "given":
             raise ValueError("top keeps what the teacher says of given answers; these are drawn")
