@@ -21,8 +21,8 @@ _SHAPES_KNOWN = ("llama", "qwen2")
 
 
 def summary(jobs: Sequence[Job], journal: Journal, setting: Tree) -> Tree:
-    """Everything measured: ``machine``, ``rates``, ``workloads`` (name -> case -> system -> figures), ``measured`` (name
-    -> commit and day).
+    """Everything measured: ``machine``, ``rates``, ``workloads`` (name -> case -> system -> figures), ``commit`` and day of
+    the newest run, now if there is none.
     """
     rates = {
         key: spread([rate[key] for rate in journal.rates if key in rate]) for key in ("square", "own_shapes")
@@ -37,22 +37,28 @@ def summary(jobs: Sequence[Job], journal: Journal, setting: Tree) -> Tree:
     for workload, cases in workloads.items():
         for case in cases:
             _time_to_loss([j for j in made if (j.workload, j.case) == (workload, case)], journal, cases[case])
-    measured = {name: _stamp([job for job in made if job.workload == name], journal) for name in workloads}
-    newest = sorted(made, key=lambda job: float(journal.runs[job.key]["at"]))[-1:]
+    now = {"at": time.time(), "commit": commit()}
+    newest = max((journal.runs[job.key] for job in made), key=lambda run: float(run["at"]), default=now)
     gpus = [journal.runs[job.key].get("result", {}).get("gpu") for job in made]
-    return {"gpu": next(filter(None, gpus), ""), **_stamp(newest, journal), "machine": machine(), **setting, "rates": rates,
-            "workloads": workloads, "measured": measured}  # fmt: skip
+    return {"gpu": next(filter(None, gpus), ""), "commit": newest["commit"], "when": _day(newest), "machine": machine(),
+            **setting, "rates": rates, "workloads": workloads}  # fmt: skip
 
 
 def beside(found: Tree, earlier: Tree, order: Sequence[str]) -> Tree:
-    """What was found now, and of workloads that were not run again what was found earlier."""
-    stamp = {key: earlier[key] for key in ("commit", "when") if key in earlier}
-    before = dict.fromkeys(earlier.get("workloads", {}), stamp) | earlier.get("measured", {})
-    both = {
-        "workloads": {**earlier.get("workloads", {}), **found["workloads"]},
-        "measured": {**before, **found["measured"]},
-    }
-    return {**found, **{key: {name: of[name] for name in order if name in of} for key, of in both.items()}}
+    """What was found now, and what was found earlier of systems that were not run again."""
+    now, before = found["workloads"], earlier.get("workloads", {})
+    both = {name: _cases(now.get(name, {}), before.get(name, {})) for name in order}
+    return {**found, "workloads": {name: cases for name, cases in both.items() if cases}}
+
+
+def _cases(now: Tree, before: Tree) -> Tree:
+    return {case: _systems(now.get(case, {}), before.get(case, {})) for case in {**before, **now}}
+
+
+def _systems(now: Tree, before: Tree) -> Tree:
+    """Times to a loss that all systems reach are of these systems: none from earlier stands beside them."""
+    timed = any("goal" in system["figures"] for system in now.values())
+    return now if timed else {**before, **now}
 
 
 def _system(runs: Sequence[Job], journal: Journal, rate: float | None) -> Tree:
@@ -62,7 +68,7 @@ def _system(runs: Sequence[Job], journal: Journal, rate: float | None) -> Tree:
     versions = [entry["result"]["versions"] for entry, _ in entries if "result" in entry]
     return {
         "settings": runs[0].settings, "runs": len(good), "versions": versions[-1] if versions else {},
-        "facts": entries[0][0]["facts"]["train"],
+        "facts": entries[0][0]["facts"]["train"], "measured": _measured([entry for entry, _ in entries]),
         "failed": [why(entry["failed"]) for entry, _ in entries if "failed" in entry],
         "figures": {name: spread([run[name] for run in good if name in run]) for name in names},
     }  # fmt: skip
@@ -177,15 +183,13 @@ def commit() -> str:
     return told("describe", "--always") + ("-dirty" if changed else "")
 
 
-def _stamp(jobs: Sequence[Job], journal: Journal) -> Tree:
-    """``commit`` and day of the newest run, now if there is none; systems that were run at others are named with theirs."""
-    now = {"at": time.time(), "commit": commit()}
-    entries = [(journal.runs[job.key], job.system) for job in jobs] or [(now, "")]
-    runs = sorted(entries, key=lambda run: run[0]["at"], reverse=True)
-    systems: dict[str, dict[str, None]] = {}
-    for entry, system in runs:
-        systems.setdefault(entry["commit"], {})[system] = None
-    newest, *others = systems
-    told = "; ".join(f"{', '.join(systems[other])}: {other}" for other in others)
-    when = time.strftime("%Y-%m-%d", time.localtime(runs[0][0]["at"]))
-    return {"commit": f"{newest} ({told})" if told else newest, "when": when}
+def _measured(entries: Sequence[Tree]) -> Tree:
+    """Commits that runs were made at, the newest first, each with its last day and how many those were."""
+    found: Tree = {}
+    for entry in sorted(entries, key=lambda run: float(run["at"]), reverse=True):
+        found.setdefault(entry["commit"], {"when": _day(entry), "runs": 0})["runs"] += 1
+    return found
+
+
+def _day(run: Tree) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(run["at"]))

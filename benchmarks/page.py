@@ -67,7 +67,7 @@ def _place(language: str, place: str, results: Tree, plan: Tree) -> list[str]:
     for name, cases in results["workloads"].items():
         about = plan["workloads"][name]
         parts += [f"### {name}: {about['title'][language]}", *tables.of_workload(language, about, cases)]
-        stamp = results.get("measured", {}).get(name, {})
-        if stamp and stamp["commit"] != results["commit"]:
-            parts.append(words["stamp"].format(**stamp))
+        commits = tables.commits(cases)
+        if list(commits) != [results["commit"]]:
+            parts.append(words["commits"].format(told="; ".join(commits.values())))
     return parts

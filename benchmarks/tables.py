@@ -1,6 +1,7 @@
 """The tables of the results' page."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,23 @@ def of_workload(language: str, about: Tree, cases: Tree) -> Iterator[str]:
         yield words["goal"].format(goal=max(goals))
     columns = [key for key in words["columns"] if any(key in one["figures"] for _, _, one in found)]
     yield _table(language, columns, found)
+
+
+def commits(cases: Tree) -> dict[str, str]:
+    """What was run at each commit, the last first."""
+    found: dict[str, Counter[str]] = {}
+    days: dict[str, str] = {}
+    for systems in cases.values():
+        for system, one in systems.items():
+            for commit, at in one["measured"].items():
+                found.setdefault(commit, Counter())[system] += at["runs"]
+                days[commit] = max(at["when"], days.get(commit, ""))
+    newest = sorted(found, key=lambda commit: days[commit], reverse=True)
+    return {commit: f"{commit} ({days[commit]}) {_counted(found[commit])}" for commit in newest}
+
+
+def _counted(runs: Counter[str]) -> str:
+    return ", ".join(f"{system} ×{count}" for system, count in runs.items())
 
 
 def _table(language: str, columns: Sequence[str], found: Sequence[tuple[str, str, Tree]]) -> str:

@@ -43,6 +43,8 @@ WORDS: dict[str, dict[str, Any]] = {
         "- **First step** is the time until the first optimizer step begins. **Peak memory** is the highest resident memory of the "
         "process tree; on a GPU, the memory reserved on it.\n"
         "- **Held-out loss** is measured afterwards by plain transformers and PEFT in fp32 on the same rows for all.\n"
+        "- **Runs by commit**: rows of different commits did not run in turn. The same job took up to a fifth longer "
+        "from one day to the next on these virtual machines.\n"
         "- *Defaults* are batches of 8 rows on the device and nothing else set; *best settings* are the fastest found by "
         "`python -m benchmarks.tune_peers` among the `candidates` of `workloads.yaml`, named below; they were searched on workload "
         "a, on a processor of the same kind, and are used for the others, too, on g and h without packing, which DPOTrainer and GRPOTrainer lack. Workload g is "
@@ -63,7 +65,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "elsewhere": "Targets are set for matrix units (amx_bf16). A processor without them has a lower rate, and no system can be faster "
         "than its steady speed divided by its utilisation.", "gpu": "## On a GPU: {name}",
         "machine": "{processor}, {memory}{extensions}; Python {python}; commit {commit}, {when}.",
-        "stamp": "Measured earlier: commit {commit}, {when}.",
+        "commits": "Runs by commit: {told}.",
         "rates": "bf16 matrix products in the same run: {square} on a large square, {own_shapes} on this model's own shapes.",
         "case": "case", "system": "system", "runs": "runs", "failed": "failed: {why}",
         "columns": {
@@ -95,6 +97,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "**稳态**：除第一步之外所有优化器步的速度。\n"
         "- **首步**：第一个优化器步开始前的时间。**峰值内存**：进程树的最高常驻内存；在 GPU 上为其保留的显存。\n"
         "- **留出损失**：运行之后用普通的 transformers 与 PEFT 以 fp32 在同样的数据行上测量。\n"
+        "- **各提交的运行次数**：提交不同的行不是交替运行的；在这些虚拟机上，同一任务在不同日子的用时相差可达五分之一。\n"
         "- “默认设置”为每设备批大小 8，其他一概不改；“最佳设置”是 `python -m benchmarks.tune_peers` 在 `workloads.yaml` 的 "
         "`candidates` 中找到的最快组合，列在下文；搜索在同类处理器上用任务 a 进行，其余任务也用这些设置；g 与 h 不用打包，DPOTrainer 与 GRPOTrainer 没有这一功能。g 由 DPOTrainer 学习，h 由 GRPOTrainer 学习；"
         "g 的词元数为每对的两段对话之和，h 为数据行自身的词元数，不含所生成的回答。LLaMA-Factory 会导入 torchaudio，但处理文本时从不使用，这里给它一个空模块。",
@@ -111,7 +114,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "cpu": "## {threads} 个 CPU 线程，{kind}", "no_bf16": "无 bf16 指令",
         "elsewhere": "目标是按矩阵单元（amx_bf16）设定的。没有矩阵单元的处理器速率较低；任何系统的速度都不会超过其稳态速度除以利用率。", "gpu": "## GPU：{name}",
         "machine": "{processor}，{memory}{extensions}；Python {python}；提交 {commit}，{when}。",
-        "stamp": "较早测得：提交 {commit}，{when}。",
+        "commits": "各提交的运行次数：{told}。",
         "rates": "同一次运行中的 bf16 矩阵乘：大方阵 {square}，模型自身的形状 {own_shapes}。",
         "case": "情形", "system": "系统", "runs": "次数", "failed": "失败：{why}",
         "columns": {

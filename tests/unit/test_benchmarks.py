@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks is a package of the repository, not of what is installed
 
-from benchmarks import figures, launch, matmul, models, page, plan, rows, targets  # noqa: E402
+from benchmarks import figures, launch, matmul, models, page, plan, rows, tables, targets  # noqa: E402
 from benchmarks.journal import Journal  # noqa: E402
 from benchmarks.systems._work import PEER_SETTINGS  # noqa: E402
 from benchmarks.wording import SYSTEMS, WORDS  # noqa: E402
@@ -282,39 +282,32 @@ def test_settings_of_the_shell_do_not_reach_a_run(monkeypatch: pytest.MonkeyPatc
     assert (env["KMP_BLOCKTIME"], env["CUDA_VISIBLE_DEVICES"]) == ("1", "")
 
 
-def test_workloads_that_were_not_run_again_keep_what_was_found_before() -> None:
-    earlier = {
-        "commit": "old",
-        "when": "1",
-        "workloads": {"a": 1, "b": 2},
-        "measured": {"b": {"commit": "older"}},
-    }
-    now = {
-        "commit": "new",
-        "workloads": {"c": 3, "a": 4},
-        "measured": {name: {"commit": "new"} for name in "ca"},
-    }
+def test_systems_that_were_not_run_again_keep_what_was_found_before() -> None:
+    def of(**systems: int) -> Tree:
+        return {"": {name: {"figures": {"seconds": value}} for name, value in systems.items()}}
+
+    earlier = {"commit": "old", "workloads": {"a": of(ours=1, trl=2), "b": of(ours=3)}}
+    now = {"commit": "new", "workloads": {"c": of(ours=4), "a": of(ours=5)}}
     both = figures.beside(now, earlier, "abc")
-    assert list(both["workloads"].items()) == [("a", 4), ("b", 2), ("c", 3)]
-    assert {name: stamp["commit"] for name, stamp in both["measured"].items()} == {
-        "a": "new", "b": "older", "c": "new",
-    }  # fmt: skip
-    assert figures.beside(now, {}, "abc")["workloads"] == {"a": 4, "c": 3}
-    first = {"commit": "old", "when": "1", "workloads": {"b": 2}}
-    assert figures.beside(now, first, "abc")["measured"]["b"] == {"commit": "old", "when": "1"}
+    assert both["commit"] == "new"
+    assert list(both["workloads"].items()) == [("a", of(ours=5, trl=2)), ("b", of(ours=3)), ("c", of(ours=4))]
+    assert figures.beside(now, {}, "abc")["workloads"] == now["workloads"]
+    now["workloads"]["a"][""]["ours"]["figures"]["goal"] = 6.0  # a loss that these systems reach
+    assert list(figures.beside(now, earlier, "abc")["workloads"]["a"][""]) == ["ours"]
 
 
 def test_what_was_measured_is_told_with_the_commit_it_was_run_at(workloads: Tree, tmp_path: Path) -> None:
-    wanted = {"workloads": ["a", "c"], "systems": ["tunewright", "trl", "hf"], "repeats": 1}
+    wanted = {"workloads": ["a", "c"], "systems": ["tunewright", "trl"], "repeats": 2}
     jobs, journal = plan.jobs(workloads, wanted, {}), Journal(tmp_path / "cpu.jsonl")
     for at, job in enumerate(jobs):
-        commit = "new" if (job.workload, job.system) == ("c", "hf") else "old"
-        journal.add("run", **{**run_of(job, 10.0), "at": 1.7e9 + at, "commit": commit})
+        commit = "new" if (job.workload, job.system) == ("c", "trl") or job.repeat else "old"
+        journal.add("run", **{**run_of(job, 10.0), "at": 1.7e9 + at * 86400, "commit": commit})
     found = figures.summary(jobs, journal, {})
-    assert found["commit"] == "new"
-    assert {name: stamp["commit"] for name, stamp in found["measured"].items()} == {
-        "a": "old", "c": "new (trl, tunewright: old)",
-    }  # fmt: skip
+    assert (found["commit"], found["when"]) == ("new", "2023-11-21")
+    assert [list(tables.commits(found["workloads"][name]).values()) for name in "ac"] == [
+        ["new (2023-11-17) tunewright ×1, trl ×1", "old (2023-11-15) tunewright ×1, trl ×1"],
+        ["new (2023-11-21) tunewright ×1, trl ×2", "old (2023-11-18) tunewright ×1"],
+    ]
     assert figures.summary([], journal, {})["commit"] == figures.commit()
 
 
