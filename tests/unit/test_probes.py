@@ -29,6 +29,16 @@ def test_a_library_that_was_loaded_is_not_tried_again(
     assert tried == [good, bad, bad]
 
 
+def test_what_cannot_be_put_down_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[str]()
+    monkeypatch.setattr(VecISA, "_probe_load", lambda vectors, library: not tried.append(library))
+    _probes.keep()
+    library = str(tmp_path / "no such folder" / "good.so")
+    assert VecISA()._probe_load(library)
+    assert VecISA()._probe_load(library)
+    assert tried == [library, library]
+
+
 def test_pytorch_still_tries_by_that_name() -> None:
     """Else each start takes a second more, and nothing else tells of it."""
     assert callable(VecISA._probe_load)

@@ -5,6 +5,7 @@ loaded by a process of its own, every time: one second, and more on a processor 
 made of its code, its flags and the versions of compiler and PyTorch, so what was found of it stays true.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def keep() -> None:
         if not found.exists():
             if not tried(vectors, library):
                 return False
-            found.touch()
+            with suppress(OSError):  # what cannot be put down is tried again
+                found.touch()
         return True
 
     loads.kept = True  # type: ignore[attr-defined]

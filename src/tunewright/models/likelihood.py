@@ -102,10 +102,8 @@ def looked_through(model: Any, batch: Batch) -> Looked:
         logits_NV = make(states_BTD[kept_BT])
         large_V = torch.linspace(-_LARGE, _LARGE, logits_NV.shape[1]).to(logits_NV)
         seen.extend((states_BTD, torch.cat([logits_NV, large_V[None]])))
-        own_M1V = seen[1][
-            :, None
-        ].clone()  # a row each: a method may cut what comes before a row's own tokens
-        return own_M1V
+        # Each is a row of its own: a method may cut off what comes before a row's tokens.
+        return seen[1][:, None].clone()
 
     after_MV = computed(model, take, batch).logits[:, 0]
     states_BTD, before_MV = seen
